@@ -1,0 +1,19 @@
+//! System calls, file descriptors, mounts and clone.
+//!
+//! The one crate of the workspace with `unsafe` code. Every function is a thin, typed
+//! wrapper: it owns the descriptors it returns, reports `errno` as [`std::io::Error`],
+//! and decides nothing. Policy lives in the crates above.
+
+pub mod atomic_file;
+pub mod bpf;
+pub mod clone;
+pub mod exe;
+pub mod fd;
+pub mod keyring;
+pub mod mempolicy;
+pub mod mount;
+pub mod process;
+pub mod scm;
+pub mod seccomp;
+pub mod signal;
+pub mod tty;
