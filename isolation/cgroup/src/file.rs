@@ -1,0 +1,64 @@
+//! Reading and writing cgroup files: one `read` or `write` each, errors that name the file.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+
+use crate::{Error, Result};
+
+/// The whole file.
+pub(crate) fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })
+}
+
+/// The whole file, or `None` when it (or its directory) is not there, or its driver has
+/// nothing to say (`ENODEV`, `EOPNOTSUPP`: pressure files on kernels booted without PSI).
+pub(crate) fn read_if_present(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if is_gone(&error) || is_unsupported(&error) => Ok(None),
+        Err(source) => Err(Error::Read { path: path.to_owned(), source }),
+    }
+}
+
+/// One number; `max` is `u64::MAX`. `None` when the file is not there.
+pub(crate) fn number(path: &Path) -> Result<Option<u64>> {
+    let Some(text) = read_if_present(path)? else {
+        return Ok(None);
+    };
+    match text.trim() {
+        "max" => Ok(Some(u64::MAX)),
+        // v1 writes -1 for "no limit" into files that take it.
+        "-1" => Ok(Some(u64::MAX)),
+        text => text.parse().map(Some).map_err(|_not_a_number| Error::Parse {
+            path: path.to_owned(),
+            text: text.to_owned(),
+            expected: "a number",
+        }),
+    }
+}
+
+/// Writes `value` in one call, as the kernel wants it.
+pub(crate) fn write(path: &Path, value: &str) -> Result<()> {
+    try_write(path, value).map_err(|source| Error::Write {
+        path: path.to_owned(),
+        value: value.to_owned(),
+        source,
+    })
+}
+
+/// [`write`] with the bare cause.
+pub(crate) fn try_write(path: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
+}
+
+/// `ENOENT` or `ENODEV`: the cgroup or the file is not there (any more).
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    let code = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
+    matches!(code, Some(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV))
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    let code = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
+    code == Some(rustix::io::Errno::OPNOTSUPP)
+}

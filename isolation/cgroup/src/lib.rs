@@ -1,0 +1,40 @@
+//! Control groups: version 2 first, version 1 and the hybrid of both, driven by files or
+//! through systemd.
+//!
+//! ```text
+//! Hierarchies::detect ─▶ Cgroup::plan (pure) ─▶ CgroupPaths ─▶ Cgroup::create
+//!   mountinfo, own cgroup   cgroupsPath, driver     (kept in state.json)   │
+//!                                                                          ├ apply / update
+//! LinuxResources ─▶ resources::{v2,v1} (pure) ─▶ ordered writes ───────────┤ join, freeze, kill
+//!                                                                          └ stats, remove
+//! ```
+//!
+//! Invariants:
+//! * what a limit becomes is decided by pure functions; the code that writes knows no policy;
+//! * a limit that cannot be set is an error naming the controller, file and value: nothing is
+//!   dropped silently, and an update that fails half-way is rolled back;
+//! * values that decide isolation (cpusets, hugepages) are read back after the write;
+//! * only directories of our own making are ever removed, and nothing outside the hierarchy's
+//!   root is reachable: `..` is refused in every path.
+
+mod devices;
+mod enable;
+mod error;
+mod file;
+mod freeze;
+mod group;
+mod hierarchy;
+mod kill;
+mod lists;
+mod path;
+mod resources;
+pub mod stats;
+mod systemd;
+
+pub use devices::default_device_rules;
+pub use error::{Error, ErrorKind, Result};
+pub use group::Cgroup;
+pub use hierarchy::{Hierarchies, Mode};
+pub use path::{CgroupPaths, Driver, Unit};
+pub use resources::{cpu_shares_to_weight, hugepage_sizes};
+pub use stats::{Stats, Usage};
