@@ -1,0 +1,125 @@
+//! Huge pages: limits, what is in use per node, and the pools.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use pinion_topology::{PageSize, Topology};
+
+use super::Subject;
+use crate::{Host, Reason, Term, TermName, files};
+
+/// Pages of a group in use, by node and size, from `hugetlb.<size>.numa_stat`; empty where
+/// the controller or the file (Linux 5.16) is missing. `group` is the group's directory.
+#[must_use]
+pub fn held(group: &Path, topology: &Topology) -> BTreeMap<(u32, PageSize), u64> {
+    let mut held = BTreeMap::new();
+    for pool in &topology.hugepages {
+        let size = pool.size;
+        let path = group.join(format!("hugetlb.{size}.numa_stat"));
+        let text = files::read(&path).ok().flatten().unwrap_or_default();
+        for (node, bytes) in by_node(&text) {
+            if bytes > 0 {
+                held.insert((node, size), size.pages_in(bytes));
+            }
+        }
+    }
+    held
+}
+
+/// `total=6291456 N0=6291456 N1=0`; v1 adds a second, hierarchical line.
+fn by_node(text: &str) -> impl Iterator<Item = (u32, u64)> + '_ {
+    let words = text.lines().next().unwrap_or_default().split_whitespace();
+    words.filter_map(|word| {
+        let (node, bytes) = word.strip_prefix('N')?.split_once('=')?;
+        Some((node.parse().ok()?, bytes.parse().ok()?))
+    })
+}
+
+pub(super) fn term(host: &Host, subject: &Subject, topology: &Topology) -> Term {
+    let limits = subject.hugepage_limits.iter().filter(|(_, bytes)| **bytes > 0);
+    let mut wishes: Vec<String> = limits
+        .map(|(size, bytes)| format!("at most {} pages of {size}", size.pages_in(*bytes)))
+        .collect();
+    let grant = |grant: &crate::Grant| {
+        format!("{} pages of {} on node {}", grant.pages, grant.size, grant.node)
+    };
+    wishes.extend(subject.grants.iter().map(grant));
+    let asked = (!wishes.is_empty()).then(|| wishes.join(", "));
+    let mut term = Term::new(TermName::Hugepages, asked);
+    for node in &topology.nodes {
+        for pool in node.hugepages.iter().filter(|pool| pool.total > 0) {
+            let state = format!("{} of {} free", pool.free, pool.total);
+            term.note(format!("pool of node {}, {}", node.id, pool.size), state);
+        }
+    }
+    let v2 = subject.v2(host).map(|dir| (dir, ["max", "rsvd.max"]));
+    let v1 = subject.v1.get("hugetlb").cloned();
+    let v1 = v1.map(|dir| (dir, ["limit_in_bytes", "rsvd.limit_in_bytes"]));
+    match v1.or(v2) {
+        Some((dir, files)) => inside(&mut term, subject, topology, &dir, files),
+        None => missing(&mut term),
+    }
+    term
+}
+
+fn missing(term: &mut Term) {
+    let detail = "no hugetlb controller reaches the container's group, so nothing limits or \
+                  counts its huge pages";
+    term.note("hugetlb controller", "absent");
+    term.fail(Reason::NoHugetlbController, detail);
+}
+
+fn inside(term: &mut Term, subject: &Subject, topology: &Topology, dir: &Path, files: [&str; 2]) {
+    let mut sizes: Vec<PageSize> = topology.hugepages.iter().map(|pool| pool.size).collect();
+    sizes.retain(|size| dir.join(format!("hugetlb.{size}.{}", files[0])).exists());
+    if sizes.is_empty() {
+        missing(term);
+        return;
+    }
+    for (&size, &limit) in &subject.hugepage_limits {
+        for file in files {
+            limited(term, &dir.join(format!("hugetlb.{size}.{file}")), size, limit);
+        }
+    }
+    for ((node, size), pages) in held(dir, topology) {
+        term.note(format!("in use on node {node}, {size}"), pages.to_string());
+        let granted = subject.grants.iter().filter(|grant| grant.size == size);
+        let nodes: Vec<u32> = granted.map(|grant| grant.node).collect();
+        if !nodes.is_empty() && !nodes.contains(&node) {
+            let detail = format!("{pages} pages of {size} lie on node {node}, granted: {nodes:?}");
+            term.fail(Reason::PagesElsewhere, detail);
+        }
+    }
+}
+
+/// The kernel rounds limits down to whole pages.
+fn limited(term: &mut Term, path: &Path, size: PageSize, limit: u64) {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let name = name.unwrap_or_default();
+    match files::read(path) {
+        Ok(Some(found)) => {
+            term.note(&name, &found);
+            let pages = found.parse().ok().map(|bytes| size.pages_in(bytes));
+            if pages != Some(size.pages_in(limit)) {
+                let detail = format!("{name} is {found}, asked was {limit}");
+                term.fail(Reason::HugepageLimit, detail);
+            }
+        }
+        Ok(None) => {
+            term.fail(Reason::NoHugetlbController, format!("{} is missing", path.display()));
+        }
+        Err(error) => term.fail(Reason::Unreadable, format!("{error}: {}", error.source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_line_of_a_numa_stat_counts() {
+        let v1 = "total=4194304 N0=0 N1=4194304\nhierarchical_total=8388608 N0=4194304";
+        assert_eq!(by_node(v1).collect::<Vec<_>>(), [(0, 0), (1, 4_194_304)]);
+        assert_eq!(by_node("").count(), 0);
+    }
+}

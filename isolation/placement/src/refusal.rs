@@ -1,0 +1,137 @@
+//! Names of terms, machine-readable reasons, and the refusal that carries both to a person.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// A guarantee a container can ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TermName {
+    /// No other task of the system may run on the container's CPUs.
+    ExclusiveCpus,
+    /// The CPUs share no core with anything else.
+    WholeCores,
+    /// No CPU quota on the container or above it.
+    NoThrottling,
+    /// Memory comes from the nodes of the CPUs.
+    MemoryLocality,
+    /// The huge pages are limited, granted and there.
+    Hugepages,
+    /// Interrupts stay away from the CPUs.
+    IrqQuiet,
+    /// A kernel of its own.
+    Kernel,
+}
+
+/// Why a term is not in force. The spelling is part of the interface: clients match on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// The cpuset controller is on cgroup v1, which has no partitions.
+    CgroupV1,
+    /// No cpuset controller reaches the container's group.
+    NoCpusetController,
+    /// The kernel has no partition of the kind asked for.
+    NoPartitions,
+    /// The kernel has partitions only directly below the root (before Linux 6.7).
+    NoRemotePartitions,
+    /// The container has no CPU list to be exclusive about.
+    NoCpus,
+    /// A CPU is offline or does not exist.
+    CpusOffline,
+    /// Another group holds one of the CPUs exclusively.
+    CpusHeld,
+    /// Nothing would be left for the rest of the system.
+    NoCpusLeft,
+    /// The kernel did not make or keep the partition.
+    PartitionInvalid,
+    /// The effective CPUs are not those asked for.
+    EffectiveDiffers,
+    /// Other groups or tasks may run on the CPUs.
+    CpusShared,
+    /// A core is shared with CPUs outside the set.
+    NotWholeCores,
+    /// A CPU quota can throttle the container.
+    Quota,
+    /// Memory may come from nodes that are not those of the CPUs.
+    MemoryNotLocal,
+    /// The hugetlb controller does not reach the container's group.
+    NoHugetlbController,
+    /// A hugetlb limit is not what was asked for.
+    HugepageLimit,
+    /// The kernel has no pool of this size, or no such node.
+    NoSuchPool,
+    /// Too few pages are left in the node's pool.
+    PoolExhausted,
+    /// The container's memory nodes exclude a granted page's node.
+    NodeNotAllowed,
+    /// The pages could not be touched in the container's group.
+    ProofFailed,
+    /// Huge pages of the container lie on a node that was not granted.
+    PagesElsewhere,
+    /// Interrupts are served on the CPUs.
+    IrqsOnCpus,
+    /// The container runs on the host's kernel.
+    SharedKernel,
+    /// The kernel refused a write.
+    WriteFailed,
+    /// A fact could not be read, so nothing can be said.
+    Unreadable,
+}
+
+/// A guarantee that cannot be given, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{term}: {detail} ({reason})")]
+pub struct Refusal {
+    /// Which guarantee.
+    pub term: TermName,
+    /// Why, for machines.
+    pub reason: Reason,
+    /// Why, for people: numbers, names and what to do.
+    pub detail: String,
+}
+
+/// Said by the plan and by the audit.
+pub(crate) const NO_PARTITIONS_ON_V1: &str = "the cpuset controller is on cgroup v1, which has no partitions: nothing keeps other tasks \
+     off the CPUs; boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1)";
+
+impl Refusal {
+    pub(crate) fn new(term: TermName, reason: Reason, detail: impl Into<String>) -> Self {
+        Self { term, reason, detail: detail.into() }
+    }
+}
+
+/// Writes the serialised, kebab-case name.
+fn spelled(name: &impl Serialize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    match serde_json::to_value(name) {
+        Ok(serde_json::Value::String(name)) => f.pad(&name),
+        _ => Err(fmt::Error),
+    }
+}
+
+impl fmt::Display for TermName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        spelled(self, f)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        spelled(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_reads_as_one_sentence_and_travels_as_json() {
+        let refusal = Refusal::new(TermName::ExclusiveCpus, Reason::CgroupV1, "no partitions here");
+        assert_eq!(refusal.to_string(), "exclusive-cpus: no partitions here (cgroup-v1)");
+        let json = serde_json::to_string(&refusal).unwrap();
+        assert!(json.contains(r#""term":"exclusive-cpus","reason":"cgroup-v1""#), "{json}");
+        assert_eq!(serde_json::from_str::<Refusal>(&json).unwrap(), refusal);
+    }
+}
