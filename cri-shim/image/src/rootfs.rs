@@ -1,0 +1,183 @@
+//! Container root file systems: an overlay over an image's layers, and what it occupies.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use crate::{
+    Digest, Error, ImageRecord, Images, LayerRecord, RootfsRecord, Usage,
+    error::Result,
+    images::Inner,
+    overlay::{Stack, is_mount_point, mount_stack, unmount_all},
+    record::{LAYERS, ROOTFS},
+    snapshot::Snapshots,
+    unpack::{InRoot, copy_directory},
+};
+
+/// Disk used by images and by containers, for CRI's `ImageFsInfo`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FsInfo {
+    /// Directory whose file system holds both.
+    pub path: std::path::PathBuf,
+    /// Blobs and unpacked layers.
+    pub images: Usage,
+    /// What containers have written to their root file systems.
+    pub containers: Usage,
+}
+
+impl Images {
+    /// Mounts a writable root file system of the image at `target`, which is made if need be.
+    /// Repeating it is fine while it is mounted; what an interrupted attempt left is made anew.
+    pub fn prepare_rootfs(&self, container_id: &str, image_id: &str, target: &Path) -> Result<()> {
+        check_id(container_id)?;
+        let inner = &self.inner;
+        let image = self
+            .resolve(image_id)
+            .ok_or_else(|| Error::NoImage { reference: image_id.to_owned() })?;
+        if let Some(known) = inner.store.get(ROOTFS, container_id)?
+            && known.image_id == image.id
+            && known.target == target
+            && is_mount_point(target).map_err(Error::file("look at", target))?
+        {
+            return Ok(());
+        }
+        inner.claim_layers(container_id, &image, target)?;
+        let result = inner.mount_rootfs(container_id, &image, target);
+        if result.is_err() {
+            // The mount's own failure is the one to report; the record lets a retry clean up.
+            let _ = self.remove_rootfs(container_id, target);
+        }
+        result
+    }
+
+    /// Unmounts and deletes a container's root file system. Repeating it is fine.
+    pub fn remove_rootfs(&self, container_id: &str, target: &Path) -> Result<()> {
+        check_id(container_id)?;
+        let inner = &self.inner;
+        if let Ok(Some(known)) = inner.store.get(ROOTFS, container_id)
+            && known.target != target
+        {
+            unmount_all(&known.target)?;
+        }
+        unmount_all(target)?;
+        let dir = inner.snapshots.container(container_id);
+        inner.snapshots.trash.take_path(&dir)?;
+        inner.usage.forget(&dir.join("upper"));
+        inner.store.write(|tx| tx.delete(ROOTFS, container_id))?;
+        inner.snapshots.trash.empty()
+    }
+
+    /// Containers that have a root file system here, mounted or not.
+    pub fn rootfs_list(&self) -> Result<Vec<(String, RootfsRecord)>> {
+        Ok(self.inner.store.list(ROOTFS)?.records)
+    }
+
+    /// What a container has written to its root file system; at most ten seconds old.
+    pub fn rootfs_usage(&self, container_id: &str) -> Result<Usage> {
+        check_id(container_id)?;
+        self.inner.written_by(container_id)
+    }
+
+    /// Disk used by images and containers.
+    pub fn fs_info(&self) -> Result<FsInfo> {
+        let inner = &self.inner;
+        let mut images = Usage::default();
+        for (_, layer) in inner.store.list(LAYERS)?.records {
+            images += Usage { bytes: layer.bytes, inodes: layer.inodes };
+        }
+        for (_, bytes) in inner.content.list()? {
+            images += Usage { bytes, inodes: 1 };
+        }
+        let mut containers = Usage::default();
+        for (id, _) in inner.store.list(ROOTFS)?.records {
+            // A container removed meanwhile uses nothing.
+            containers += inner.written_by(&id).unwrap_or_default();
+        }
+        Ok(FsInfo { path: inner.root().to_owned(), images, containers })
+    }
+}
+
+impl Inner {
+    fn written_by(&self, container_id: &str) -> Result<Usage> {
+        let upper = self.snapshots.container(container_id).join("upper");
+        self.usage.of(&upper).map_err(|e| {
+            if e.kind() == std::io::ErrorKind::NotFound {
+                Error::NoRootfs { id: container_id.to_owned() }
+            } else {
+                Error::file("measure", upper)(e)
+            }
+        })
+    }
+
+    /// Records the container as a user of the image's layers, so that they stay.
+    fn claim_layers(&self, container_id: &str, image: &ImageRecord, target: &Path) -> Result<()> {
+        let mut lease = self.inventory.lease();
+        image.chain_ids().for_each(|chain_id| lease.cover(chain_id));
+        for layer in &image.layers {
+            if !self.has_layer(&layer.chain_id)? {
+                return Err(Error::NoImage { reference: image.id.clone() });
+            }
+        }
+        let record = RootfsRecord {
+            image_id: image.id.clone(),
+            chain_ids: image.chain_ids().cloned().collect(),
+            target: target.to_owned(),
+        };
+        Ok(self.store.write(|tx| tx.put(ROOTFS, container_id, &record))?)
+    }
+
+    fn mount_rootfs(&self, container_id: &str, image: &ImageRecord, target: &Path) -> Result<()> {
+        unmount_all(target)?;
+        let dir = self.snapshots.container(container_id);
+        self.snapshots.trash.take_path(&dir)?;
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
+        for path in [&dir, &upper, &work] {
+            fs::create_dir(path).map_err(Error::file("create directory", path))?;
+        }
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o755))
+            .map_err(Error::file("set the mode of", &upper))?;
+        fs::create_dir_all(target).map_err(Error::file("create directory", target))?;
+        let chain_ids: Vec<&Digest> = image.chain_ids().collect();
+        if let Some(top) = chain_ids.last() {
+            // The merged root shows the upper directory's owner and mode, not the layer's.
+            let copied = InRoot::open(&self.snapshots.layer(top))
+                .and_then(|mut from| from.directory(Path::new("")))
+                .and_then(|from| {
+                    let to = InRoot::open(&upper)?.directory(Path::new(""))?;
+                    copy_directory(from, to)
+                });
+            copied.map_err(Error::file("set attributes of", &upper))?;
+        }
+        let stack = Stack {
+            layers_dir: self.snapshots.layers_dir().to_owned(),
+            lowers: self.lowers(&chain_ids)?,
+            upper,
+            work,
+            volatile: self.config.volatile_rootfs,
+        };
+        mount_stack(&stack, target)
+    }
+
+    /// Layer directories, top first, down to the first one that hides the rest.
+    fn lowers(&self, chain_ids: &[&Digest]) -> Result<Vec<String>> {
+        let mut names = Vec::with_capacity(chain_ids.len());
+        for chain_id in chain_ids.iter().rev() {
+            names.push(Snapshots::name(chain_id).to_owned());
+            let layer: Option<LayerRecord> = self.store.get(LAYERS, chain_id.as_str())?;
+            if layer.is_some_and(|layer| layer.opaque_root) {
+                break;
+            }
+        }
+        if names.is_empty() {
+            names.push(Snapshots::EMPTY.to_owned());
+        }
+        Ok(names)
+    }
+}
+
+/// Ids name directories.
+fn check_id(id: &str) -> Result<()> {
+    let plain = !id.is_empty()
+        && id.len() <= 128
+        && !id.starts_with('.')
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'));
+    if plain { Ok(()) } else { Err(Error::ContainerId { id: id.chars().take(100).collect() }) }
+}
