@@ -1,0 +1,167 @@
+//! The record of an attachment: what DEL needs, on disk before ADD starts.
+//!
+//! One file per pod, replaced atomically. It is a hint: when a file is damaged, DEL goes on
+//! with the configuration in force and the pod as the caller knows it.
+
+use super::config::NetworkList;
+use crate::error::NetworkError;
+use crate::pod::Attachment;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What was, or is about to be, attached.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// The configuration ADD used.
+    pub(crate) network: NetworkList,
+    /// Name of the interface in the pod.
+    pub(crate) interface: String,
+    /// `CNI_NETNS` of ADD.
+    pub(crate) netns: PathBuf,
+    /// `CNI_ARGS` of ADD.
+    pub(crate) args: String,
+    /// Capability data of ADD.
+    pub(crate) capabilities: Map<String, Value>,
+    /// The chain's result as the last plugin printed it; `None` until ADD has succeeded.
+    pub(crate) result: Option<Value>,
+    /// The same, digested.
+    pub(crate) attachment: Option<Attachment>,
+}
+
+/// What is found under a pod's name.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Stored {
+    /// The pod is not attached, or its record was deleted.
+    Missing,
+    /// The pod was attached, but how is lost.
+    Damaged,
+    /// The record.
+    Sound(Box<Record>),
+}
+
+/// The directory of records.
+#[derive(Debug, Clone)]
+pub(crate) struct Records {
+    pub(crate) dir: PathBuf,
+}
+
+impl Records {
+    fn path(&self, pod: &str) -> PathBuf {
+        self.dir.join(format!("{pod}.json"))
+    }
+
+    /// Returns when the record is durable; the wait for the disk is not the caller's thread's.
+    pub(crate) async fn write(&self, pod: &str, record: &Record) -> Result<(), NetworkError> {
+        let (dir, path) = (self.dir.clone(), self.path(pod));
+        let bytes = serde_json::to_vec(record)
+            .map_err(|error| failed("write", &path, io::Error::other(error)))?;
+        let target = path.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            std::fs::create_dir_all(dir)?;
+            pinion_sys::atomic_file::write(&target, &bytes, 0o600)
+        });
+        let written = written.await.map_err(io::Error::other).and_then(|outcome| outcome);
+        written.map_err(|source| failed("write", &path, source))
+    }
+
+    /// The pod's record. A copy of a damaged one is kept as `<pod>.json.bad` for inspection.
+    pub(crate) fn read(&self, pod: &str) -> Result<Stored, NetworkError> {
+        let path = self.path(pod);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Stored::Missing),
+            Err(source) => return Err(failed("read", &path, source)),
+        };
+        match serde_json::from_slice(&bytes) {
+            Ok(record) => Ok(Stored::Sound(Box::new(record))),
+            Err(_unreadable) => {
+                let aside = self.dir.join(format!("{pod}.json.bad"));
+                std::fs::write(&aside, bytes).map_err(|source| failed("write", &aside, source))?;
+                Ok(Stored::Damaged)
+            }
+        }
+    }
+
+    pub(crate) fn remove(&self, pod: &str) -> Result<(), NetworkError> {
+        let path = self.path(pod);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", &path, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Pods with a record, in order.
+    pub(crate) fn pods(&self) -> Result<Vec<String>, NetworkError> {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(failed("read", &self.dir, source)),
+        };
+        let mut pods: Vec<_> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                Some(name.strip_suffix(".json")?.to_owned())
+            })
+            .collect();
+        pods.sort();
+        Ok(pods)
+    }
+}
+
+fn failed(action: &'static str, path: &Path, source: io::Error) -> NetworkError {
+    NetworkError::Record { action, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cni::Version;
+
+    fn record() -> Record {
+        Record {
+            network: NetworkList {
+                version: Version::V1_0_0,
+                name: "net".to_owned(),
+                disable_check: false,
+                plugins: Vec::new(),
+            },
+            interface: "eth0".to_owned(),
+            netns: "/run/ns".into(),
+            args: "A=1".to_owned(),
+            capabilities: Map::new(),
+            result: None,
+            attachment: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn records_are_kept_replaced_listed_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records { dir: dir.path().join("cni") };
+        assert!(records.pods().unwrap().is_empty());
+        assert_eq!(records.read("p1").unwrap(), Stored::Missing);
+        records.write("p1", &record()).await.unwrap();
+        let done = Record { args: "B=2".to_owned(), ..record() };
+        records.write("p1", &done).await.unwrap();
+        assert_eq!(records.pods().unwrap(), ["p1"]);
+        assert_eq!(records.read("p1").unwrap(), Stored::Sound(Box::new(done)));
+        records.remove("p1").unwrap();
+        records.remove("p1").unwrap();
+        assert!(records.pods().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_record_is_told_apart_and_kept_for_inspection() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records { dir: dir.path().to_owned() };
+        std::fs::write(dir.path().join("p1.json"), "{\"network\":").unwrap();
+        assert_eq!(records.read("p1").unwrap(), Stored::Damaged);
+        assert!(dir.path().join("p1.json.bad").exists());
+        assert_eq!(records.pods().unwrap(), ["p1"], "still to be detached");
+    }
+}

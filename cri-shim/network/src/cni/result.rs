@@ -1,0 +1,210 @@
+//! What a plugin returns on ADD: interfaces, addresses, routes, resolver settings.
+//!
+//! The text comes from a program of unknown quality: sizes are capped, addresses are parsed,
+//! and unknown members are kept for the next plugin by passing the original value on.
+
+use super::Version;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+/// More addresses or interfaces than this are taken for a defect.
+const MAX_ENTRIES: usize = 256;
+
+/// An address with its prefix length, `10.88.0.7/16`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IpNet {
+    /// The address.
+    pub ip: IpAddr,
+    /// Bits of the network part.
+    pub prefix: u8,
+}
+
+impl FromStr for IpNet {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is not an address with a prefix length");
+        let (ip, prefix) = text.split_once('/').ok_or_else(bad)?;
+        let ip: IpAddr = ip.parse().map_err(|_syntax| bad())?;
+        let prefix: u8 = prefix.parse().map_err(|_syntax| bad())?;
+        let bits = if ip.is_ipv4() { 32 } else { 128 };
+        if prefix > bits { Err(bad()) } else { Ok(Self { ip, prefix }) }
+    }
+}
+
+impl fmt::Display for IpNet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.ip, self.prefix)
+    }
+}
+
+impl Serialize for IpNet {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for IpNet {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// A link made by a plugin.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Interface {
+    /// Link name.
+    pub name: String,
+    /// Hardware address.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub mac: String,
+    /// Path of the network namespace; empty for links of the host.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub sandbox: String,
+}
+
+/// An address given to the pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IpAssignment {
+    /// The address and its network.
+    pub address: IpNet,
+    /// Default gateway of that network.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "gateway")]
+    pub gateway: Option<IpAddr>,
+    /// Index into `interfaces`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<usize>,
+}
+
+/// Some plugins write an empty string for "none".
+fn gateway<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<IpAddr>, D::Error> {
+    match Option::<String>::deserialize(deserializer)?.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// A route inside the pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Destination network.
+    pub dst: IpNet,
+    /// Next hop; the interface's gateway when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "gateway")]
+    pub gw: Option<IpAddr>,
+}
+
+/// Resolver settings, in results and as the `dns` capability.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dns {
+    /// Addresses of name servers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub nameservers: Vec<String>,
+    /// The local domain.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub domain: String,
+    /// Search list.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub search: Vec<String>,
+    /// Resolver options.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub options: Vec<String>,
+}
+
+/// The result of a chain.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PluginResult {
+    /// Links.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<Interface>,
+    /// Addresses.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ips: Vec<IpAssignment>,
+    /// Routes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<Route>,
+    /// Resolver settings.
+    pub dns: Dns,
+}
+
+impl PluginResult {
+    /// Reads and checks a plugin's answer; the value itself goes on to the next plugin.
+    pub(crate) fn parse(answer: &serde_json::Value) -> Result<Self, String> {
+        let version = answer.get("cniVersion").and_then(serde_json::Value::as_str);
+        let version = version.ok_or("the result has no cniVersion")?;
+        version.parse::<Version>()?;
+        let result = Self::deserialize(answer).map_err(|error| format!("the result: {error}"))?;
+        for (what, count) in [
+            ("interfaces", result.interfaces.len()),
+            ("ips", result.ips.len()),
+            ("routes", result.routes.len()),
+        ] {
+            if count > MAX_ENTRIES {
+                return Err(format!("the result has {count} {what}, more than {MAX_ENTRIES}"));
+            }
+        }
+        Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn results_of_every_version_are_read() {
+        let old = json!({
+            "cniVersion": "0.3.1",
+            "interfaces": [{"name": "eth0", "sandbox": "/ns"}],
+            "ips": [{"version": "4", "address": "10.1.2.3/24", "gateway": "10.1.2.1", "interface": 0}],
+            "routes": [{"dst": "0.0.0.0/0"}],
+            "dns": {"nameservers": ["10.1.0.1"]}
+        });
+        let result = PluginResult::parse(&old).unwrap();
+        assert_eq!(result.ips[0].address.to_string(), "10.1.2.3/24");
+        assert_eq!(result.ips[0].gateway, Some("10.1.2.1".parse().unwrap()));
+        let new = json!({
+            "cniVersion": "1.1.0",
+            "interfaces": [{"name": "eth0", "mtu": 1500, "socketPath": "/x", "pciID": "0000:01"}],
+            "ips": [{"address": "fd00::5/64", "gateway": ""}],
+            "routes": [{"dst": "::/0", "gw": "fd00::1", "mtu": 1400, "priority": 5}]
+        });
+        assert_eq!(PluginResult::parse(&new).unwrap().ips[0].gateway, None);
+        assert_eq!(
+            PluginResult::parse(&json!({"cniVersion": "1.0.0"})).unwrap(),
+            PluginResult::default()
+        );
+    }
+
+    #[test]
+    fn what_is_no_result_is_refused_with_a_reason() {
+        let many: Vec<_> = (0..1000).map(|_| json!({"address": "10.0.0.1/8"})).collect();
+        for (answer, part) in [
+            (json!({}), "no cniVersion"),
+            (json!([]), "no cniVersion"),
+            (json!({"cniVersion": "9.9.9"}), "9.9.9"),
+            (json!({"cniVersion": "1.0.0", "ips": [{"address": "10.0.0.1"}]}), "prefix length"),
+            (json!({"cniVersion": "1.0.0", "ips": [{"address": "10.0.0.1/33"}]}), "prefix length"),
+            (json!({"cniVersion": "1.0.0", "ips": {}}), "invalid type"),
+            (json!({"cniVersion": "1.0.0", "ips": many}), "1000 ips"),
+        ] {
+            let reason = PluginResult::parse(&answer).unwrap_err();
+            assert!(reason.contains(part), "{reason} should name {part}");
+        }
+    }
+
+    #[test]
+    fn a_result_survives_being_stored() {
+        let value = json!({"cniVersion": "1.0.0", "ips": [{"address": "10.1.2.3/24"}]});
+        let result = PluginResult::parse(&value).unwrap();
+        let stored = serde_json::to_string(&result).unwrap();
+        assert_eq!(serde_json::from_str::<PluginResult>(&stored).unwrap(), result);
+    }
+}
