@@ -1,0 +1,83 @@
+//! `run`: create, start and, in the foreground, wait and delete.
+
+use pinion_container::create::{Created, create};
+use pinion_container::delete::delete;
+use pinion_container::foreground::{self, Signals};
+use pinion_container::start::start;
+use pinion_container::{Error as ContainerError, config, paths};
+
+use super::create::{options, warn_all};
+use crate::args::Run;
+use crate::{Context, Error};
+
+pub(crate) fn run(context: &Context, args: &Run) -> Result<i32, Error> {
+    if let Some(path) = &args.create.console_socket {
+        let console = paths::connect(path).map_err(ContainerError::from)?;
+        let created = begin(context, args, Some(console))?;
+        return if args.detach { Ok(0) } else { attend(context, args, &created, None) };
+    }
+    if args.detach {
+        begin(context, args, None)?;
+        return Ok(0);
+    }
+    if !args.no_subreaper {
+        let this = rustix::process::getpid();
+        rustix::process::set_child_subreaper(Some(this))
+            .map_err(|errno| Error::Io { what: "become a subreaper".into(), source: errno.into() })?;
+    }
+    let signals = Signals::collect()?;
+    if !wants_terminal(args)? {
+        let created = begin(context, args, None)?;
+        return attend(context, args, &created, Some((signals, None)));
+    }
+    let (ours, theirs) = foreground::console_pair()?;
+    let created = begin(context, args, Some(theirs))?;
+    let master = foreground::receive_console(&ours)?;
+    attend(context, args, &created, Some((signals, Some(master))))
+}
+
+fn wants_terminal(args: &Run) -> Result<bool, Error> {
+    let view = config::load_exec_view(&args.create.bundle.join("config.json"))
+        .map_err(ContainerError::from)?;
+    Ok(view.value.process.and_then(|process| process.terminal()).unwrap_or(false))
+}
+
+fn begin(
+    context: &Context,
+    args: &Run,
+    console: Option<std::os::fd::OwnedFd>,
+) -> Result<Created, Error> {
+    let created = create(options(context, &args.create, console))?;
+    created.warnings.iter().for_each(|warning| context.log.warn(warning));
+    match start(&context.root, &args.create.id) {
+        Ok(warnings) => {
+            warn_all(context, &warnings);
+            Ok(created)
+        }
+        Err(error) => {
+            // Its first error is the one to tell.
+            let _ = delete(&context.root, &args.create.id, true);
+            let _ = created.child.wait();
+            Err(error.into())
+        }
+    }
+}
+
+fn attend(
+    context: &Context,
+    args: &Run,
+    created: &Created,
+    watch: Option<(Signals, Option<std::os::fd::OwnedFd>)>,
+) -> Result<i32, Error> {
+    let exit = match watch {
+        Some((signals, terminal)) => foreground::attend(&created.child, &signals, terminal)?,
+        None => created
+            .child
+            .wait()
+            .map_err(|source| Error::Io { what: "wait for the container".into(), source })?,
+    };
+    if !args.keep {
+        warn_all(context, &delete(&context.root, &args.create.id, true)?);
+    }
+    Ok(exit.shell_code())
+}

@@ -1,0 +1,296 @@
+//! The first process of a container, from its birth to the user's program.
+
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use oci_spec::runtime::LinuxNamespaceType;
+use pinion_cgroup::{Cgroup, Hierarchies};
+use pinion_sys::tty::Pty;
+use rustix::fs::Mode;
+use rustix::process::{DumpableBehavior, Signal};
+
+use super::{During, Step, Stopped, identity, terminal};
+use crate::error::{Doing, Failure};
+use crate::hooks;
+use crate::plan::Plan;
+use crate::protocol::{Channel, Message, Report};
+use crate::rootfs::{self, CgroupSource, Proc, Root, Rootfs};
+
+/// How a process gets into its cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Join {
+    /// It was born there, or its parent is in it.
+    Done,
+    /// It was born in the v2 cgroup and joins the v1 hierarchies.
+    V1,
+    /// It joins every hierarchy.
+    All,
+}
+
+impl Join {
+    /// To be called by the process itself, while it still sees the host's hierarchies.
+    ///
+    /// # Errors
+    /// Names the cgroup file.
+    pub fn carry_out(self, cgroup: &Cgroup) -> Result<(), Failure> {
+        let joined = match self {
+            Join::Done => Ok(()),
+            Join::V1 => cgroup.join_self_v1(),
+            Join::All => cgroup.join_self(),
+        };
+        joined.map_err(|error| Failure::refused(crate::error::chain(&error)))
+    }
+}
+
+/// What the runtime made for the process before it was born.
+#[derive(Debug)]
+pub struct Init<'a> {
+    /// The decisions.
+    pub plan: &'a Plan,
+    /// The container's name, for its keyring.
+    pub id: &'a str,
+    /// Where `start` will connect.
+    pub listener: OwnedFd,
+    /// The container's cgroup.
+    pub cgroup: &'a Cgroup,
+    /// The hierarchies it is in.
+    pub hierarchies: &'a Hierarchies,
+    /// How the process gets into its cgroup.
+    pub join: Join,
+    /// Existing namespaces, in the order to join them.
+    pub namespaces: Vec<OwnedFd>,
+    /// Detached source trees, by position in the plan's mounts.
+    pub prepared: Vec<Option<OwnedFd>>,
+    /// Where the master of the terminal goes.
+    pub console: Option<OwnedFd>,
+    /// `--no-pivot`.
+    pub no_pivot: bool,
+    /// False with `--no-new-keyring`.
+    pub new_keyring: bool,
+    /// Descriptors after the standard ones to pass on.
+    pub keep_fds: u32,
+    /// `LISTEN_FDS` and `LISTEN_PID`.
+    pub extra_env: Vec<CString>,
+}
+
+impl Init<'_> {
+    /// True when the process stops before the change of the root, so that hooks can run.
+    #[must_use]
+    pub fn reports_rootfs(plan: &Plan) -> bool {
+        let hooks = &plan.hooks;
+        !(hooks.prestart.is_empty()
+            && hooks.create_runtime.is_empty()
+            && hooks.create_container.is_empty())
+    }
+}
+
+/// Runs the process on `channel`; returns its exit code if it does not become the program.
+pub fn run(init: Init<'_>, channel: Channel) -> i32 {
+    let mut channel = channel;
+    match become_program(init, &mut channel) {
+        Ok(never) => match never {},
+        Err(Stopped { step, failure }) => {
+            // Nobody is left to be told if this fails too.
+            let _ = channel.say(&Message::Failed(Report::new(step, &failure)));
+            1
+        }
+    }
+}
+
+fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallible, Stopped> {
+    let plan = init.plan;
+    enter(&init, channel).during(Step::Enter)?;
+    let (root, proc, pty) = build_root(&mut init, channel)?;
+    settle(plan, &root, &proc).during(Step::Settings)?;
+    if let (Some(pty), Some(socket)) = (pty, init.console.take()) {
+        rootfs::attach_console(&root, pty.slave.as_fd()).during(Step::Terminal)?;
+        terminal::install(pty, socket.as_fd(), &plan.process).during(Step::Terminal)?;
+    }
+    terminal::own_stdio(plan.process.uid).during(Step::Terminal)?;
+    identity::label(&plan.process, || Ok(proc)).during(Step::Identity)?;
+    let late_directory = change_directory(&plan.process.cwd, true).during(Step::Identity)?;
+    drop(root);
+    identity::adopt(&plan.process, plan.seccomp.as_ref(), init.keep_fds).during(Step::Identity)?;
+    if late_directory {
+        change_directory(&plan.process.cwd, false).during(Step::Identity)?;
+    }
+    let prepared = identity::prepare(&plan.process, &init.extra_env).during(Step::Program)?;
+    let state = wait_for_start(&init.listener, channel).during(Step::Enter)?;
+    drop(init.listener);
+    run_hooks("startContainer", &plan.hooks.start_container, &state)?;
+    identity::execute(&prepared, &plan.process, plan.seccomp.as_ref(), channel)
+}
+
+/// Namespaces, cgroups and ids.
+fn enter(init: &Init<'_>, channel: &Channel) -> Result<(), Failure> {
+    let plan = init.plan;
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .doing(|| "PR_SET_PDEATHSIG".into())?;
+    if let (Some(score), None) = (plan.process.oom_score_adj, &plan.namespaces.mappings) {
+        set_own_oom_score(score)?;
+    }
+    init.join.carry_out(init.cgroup)?;
+    // From here on other processes of the container may see this one.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .doing(|| "PR_SET_DUMPABLE".into())?;
+    let _ = rustix::thread::set_name(c"pinion:init");
+    if plan.namespaces.mappings.is_some() {
+        channel.await_proceed().doing(|| "wait for the id mappings".into())?;
+    }
+    for namespace in &init.namespaces {
+        pinion_sys::clone::setns(namespace.as_fd(), 0).doing(|| "join a namespace".into())?;
+    }
+    if plan.namespaces.has(LinuxNamespaceType::User) {
+        become_root_inside()?;
+    }
+    if plan.namespaces.creates(LinuxNamespaceType::Cgroup) {
+        // Only now: the namespace's root is the cgroup the process is in when it is made.
+        pinion_sys::clone::unshare(libc::CLONE_NEWCGROUP as u64)
+            .doing(|| "unshare the cgroup namespace".into())?;
+    }
+    rustix::process::setsid().doing(|| "setsid".into())?;
+    if init.new_keyring {
+        join_keyring(init.id)?;
+    }
+    Ok(())
+}
+
+/// Root of the user namespace; it may lack the right to drop groups, which is then moot.
+pub(super) fn become_root_inside() -> Result<(), Failure> {
+    match pinion_sys::process::set_groups(&[]) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+        other => other.doing(|| "setgroups".into())?,
+    }
+    pinion_sys::process::set_ids(0, 0).doing(|| "become root of the user namespace".into())
+}
+
+/// For the calling process, through the host's procfs.
+pub(super) fn set_own_oom_score(score: i32) -> Result<(), Failure> {
+    std::fs::write("/proc/self/oom_score_adj", score.to_string())
+        .doing(|| format!("write {score} to /proc/self/oom_score_adj"))
+}
+
+/// A session keyring of its own; kernels without keyrings need none.
+pub(super) fn join_keyring(id: &str) -> Result<(), Failure> {
+    let name = CString::new(format!("_ses.{id}"))
+        .map_err(|_nul| Failure::refused("the id contains NUL"))?;
+    match pinion_sys::keyring::join_session_keyring(&name) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        other => other.doing(|| "unable to join session keyring".into()),
+    }
+}
+
+/// Mounts, devices, hooks and the change of the root.
+fn build_root(
+    init: &mut Init<'_>,
+    channel: &Channel,
+) -> Result<(Root, Proc, Option<Pty>), Stopped> {
+    let plan = init.plan;
+    rustix::process::umask(Mode::empty());
+    let cgroups = CgroupSource {
+        hierarchies: init.hierarchies,
+        paths: init.cgroup.paths(),
+        namespaced: plan.namespaces.has(LinuxNamespaceType::Cgroup),
+    };
+    let mut rootfs = Rootfs::enter(&plan.root, cgroups).during(Step::Rootfs)?;
+    let mut prepared = std::mem::take(&mut init.prepared).into_iter();
+    for mount in &plan.mounts {
+        rootfs.mount(mount, prepared.next().flatten()).during(Step::Rootfs)?;
+    }
+    if let Some(nodes) = &plan.devices {
+        rootfs.fill_dev(nodes).during(Step::Rootfs)?;
+    }
+    let pty = match plan.process.terminal {
+        true => Some(rootfs.open_terminal().during(Step::Terminal)?),
+        false => None,
+    };
+    if Init::reports_rootfs(plan) {
+        channel.say(&Message::RootfsReady).doing(|| "report".into()).during(Step::Hooks)?;
+        let state =
+            channel.await_proceed().doing(|| "wait for hooks".into()).during(Step::Hooks)?;
+        run_hooks("createContainer", &plan.hooks.create_container, &state)?;
+    }
+    let (root, proc) = rootfs.finish().during(Step::Rootfs)?;
+    rootfs::change_root(&root, &plan.root.path, init.no_pivot).during(Step::Rootfs)?;
+    Ok((root, proc, pty))
+}
+
+fn run_hooks(
+    kind: &'static str,
+    list: &[oci_spec::runtime::Hook],
+    state: &[u8],
+) -> Result<(), Stopped> {
+    let outcome = hooks::run(kind, list, state, Path::new("/"));
+    outcome.map_err(|error| Failure::refused(crate::error::chain(&error))).during(Step::Hooks)
+}
+
+/// Names, kernel parameters, masks: what needs the new root and all privileges.
+fn settle(plan: &Plan, root: &Root, proc: &Proc) -> Result<(), Failure> {
+    if let Some(hostname) = &plan.hostname {
+        rustix::system::sethostname(hostname.as_bytes())
+            .doing(|| format!("sethostname {hostname:?}"))?;
+    }
+    if let Some(domain) = &plan.domainname {
+        rustix::system::setdomainname(domain.as_bytes())
+            .doing(|| format!("setdomainname {domain:?}"))?;
+    }
+    for parameter in &plan.sysctl {
+        proc.write(&format!("sys/{}", parameter.path), &parameter.value)?;
+    }
+    rootfs::protect(root, &plan.read_only)?;
+    rootfs::mask(root, &plan.masked)?;
+    if let Some(domain) = plan.personality {
+        pinion_sys::process::set_personality(domain).doing(|| "personality".into())?;
+    }
+    if let Some(policy) = &plan.memory_policy {
+        pinion_sys::process::set_memory_policy(policy.mode, &policy.nodes)
+            .doing(|| "set_mempolicy".into())?;
+    }
+    if plan.process.cwd != Path::new("/") {
+        // As runc: a missing working directory is made, unless the file system forbids it,
+        // which chdir will then report.
+        let _ = root.directory(&plan.process.cwd);
+    }
+    rootfs::finish_root(root, &plan.root)
+}
+
+/// Changes to `cwd`; true when only the user itself may enter it and it is to be tried
+/// again later.
+///
+/// # Errors
+/// As chdir(2), and when the directory is not below the root (CVE-2024-21626).
+pub(super) fn change_directory(cwd: &Path, may_retry: bool) -> Result<bool, Failure> {
+    let what =
+        || format!("chdir to cwd ({:?}) set in config.json failed", cwd.display().to_string());
+    match rustix::process::chdir(cwd) {
+        Err(rustix::io::Errno::ACCESS) if may_retry => return Ok(true),
+        other => other.doing(what)?,
+    }
+    let current = rustix::process::getcwd(Vec::new()).doing(|| "getcwd".into())?;
+    if current.to_bytes().first() != Some(&b'/') {
+        return Err(Failure::refused(
+            "current working directory is outside of container mount namespace root -- possible container breakout detected",
+        ));
+    }
+    Ok(false)
+}
+
+/// Tells `create` that all is well and waits for `start`; its connection becomes the channel.
+fn wait_for_start(listener: &OwnedFd, channel: &mut Channel) -> Result<Vec<u8>, Failure> {
+    // The runtime goes away now, and that is no longer a reason to die.
+    rustix::process::set_parent_process_death_signal(None).doing(|| "PR_SET_PDEATHSIG".into())?;
+    channel.say(&Message::Ready).doing(|| "report".into())?;
+    loop {
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let connection = rustix::io::retry_on_intr(|| rustix::net::accept_with(listener, flags))
+            .doing(|| "accept".into())?;
+        let starter = Channel::over(connection);
+        // Someone who connects and leaves has not started anything.
+        if let Ok(state) = starter.await_proceed() {
+            *channel = starter;
+            return Ok(state);
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Reading `config.json`.
+//!
+//! The types are oci-spec's, which refuse some input that runc accepts: `null` for a list,
+//! capabilities newer than the types. The file is therefore parsed strictly first and, only
+//! if that fails, once more after such harmless differences have been filtered out.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Capability, LinuxSeccomp, Process, Spec};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Why a configuration file was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Not there.
+    #[error("JSON specification file {} not found", .0.display())]
+    Missing(PathBuf),
+    /// Not readable.
+    #[error("unable to read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not JSON, or not this JSON; the source names line and column.
+    #[error("unable to parse {}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// A parsed file and what had to be left out of it.
+#[derive(Debug)]
+pub struct Parsed<T> {
+    /// The value.
+    pub value: T,
+    /// Sentences for the log.
+    pub warnings: Vec<String>,
+}
+
+/// The largest file that is read: config files of real nodes stay under 200 KiB.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Reads a bundle's `config.json`; also returns its bytes.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn load_spec(path: &Path) -> Result<(Parsed<Spec>, Vec<u8>), ConfigError> {
+    let bytes = read(path)?;
+    Ok((parse(&bytes, path)?, bytes))
+}
+
+/// Reads the file of `exec --process`.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn load_process(path: &Path) -> Result<Parsed<Process>, ConfigError> {
+    parse(&read(path)?, path)
+}
+
+/// The part of the configuration that `exec` needs.
+#[derive(Debug, serde::Deserialize)]
+pub struct ExecView {
+    /// The defaults for the new process.
+    pub process: Option<Process>,
+    /// The Linux part.
+    pub linux: Option<ExecLinuxView>,
+}
+
+/// See [`ExecView`].
+#[derive(Debug, serde::Deserialize)]
+pub struct ExecLinuxView {
+    /// The filter every process of the container runs under.
+    pub seccomp: Option<LinuxSeccomp>,
+}
+
+/// Reads what `exec` needs of a saved `config.json`.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn load_exec_view(path: &Path) -> Result<Parsed<ExecView>, ConfigError> {
+    parse(&read(path)?, path)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ConfigError> {
+    use std::io::Read;
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => ConfigError::Missing(path.to_owned()),
+        _ => ConfigError::Read { path: path.to_owned(), source },
+    };
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
+    let mut bytes = Vec::with_capacity(usize::try_from(size.min(MAX_BYTES)).unwrap_or(0) + 1);
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(failed(io::Error::from(io::ErrorKind::FileTooLarge)));
+    }
+    Ok(bytes)
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<Parsed<T>, ConfigError> {
+    let strict = match serde_json::from_slice(bytes) {
+        Ok(value) => return Ok(Parsed { value, warnings: Vec::new() }),
+        Err(error) => error,
+    };
+    let failed = |source| ConfigError::Parse { path: path.to_owned(), source };
+    let mut document: Value = serde_json::from_slice(bytes).map_err(failed)?;
+    let mut warnings = Vec::new();
+    let changed = filter(&mut document, &mut warnings);
+    match serde_json::from_value(document) {
+        Ok(value) if changed => Ok(Parsed { value, warnings }),
+        // The strict error knows the line; a value tree has none.
+        _ => Err(failed(strict)),
+    }
+}
+
+/// Removes nulls and unknown capabilities; true when anything was removed.
+fn filter(value: &mut Value, warnings: &mut Vec<String>) -> bool {
+    match value {
+        Value::Object(map) => {
+            let before = map.len();
+            map.retain(|_, member| !member.is_null());
+            let mut changed = map.len() != before;
+            for (name, member) in map.iter_mut() {
+                if name == "capabilities" {
+                    changed |= filter_capabilities(member, warnings);
+                }
+                changed |= filter(member, warnings);
+            }
+            changed
+        }
+        Value::Array(items) => items.iter_mut().fold(false, |any, i| filter(i, warnings) | any),
+        _ => false,
+    }
+}
+
+fn filter_capabilities(sets: &mut Value, warnings: &mut Vec<String>) -> bool {
+    let Value::Object(sets) = sets else { return false };
+    let mut changed = false;
+    for list in sets.values_mut().filter_map(Value::as_array_mut) {
+        list.retain(|name| {
+            let known = serde_json::from_value::<Capability>(name.clone()).is_ok();
+            if !known {
+                changed = true;
+                let warning = format!("ignoring unknown or unavailable capability: {name}");
+                if !warnings.contains(&warning) {
+                    warnings.push(warning);
+                }
+            }
+            known
+        });
+    }
+    changed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_spec(text: &str) -> Result<Parsed<Spec>, ConfigError> {
+        parse(text.as_bytes(), Path::new("config.json"))
+    }
+
+    #[test]
+    fn nulls_and_unknown_capabilities_are_left_out_with_a_warning() {
+        let parsed = parse_spec(
+            r#"{"ociVersion":"1.0.2","process":{"args":["a"],"env":null,"cwd":"/",
+                "user":{"uid":0,"gid":0,"additionalGids":null},
+                "capabilities":{"bounding":["CAP_KILL","CAP_FOO"],"ambient":null}}}"#,
+        )
+        .unwrap();
+        let process = parsed.value.process().clone().unwrap();
+        let capabilities = process.capabilities().clone().unwrap();
+        assert_eq!(capabilities.bounding().as_ref().unwrap().len(), 1);
+        assert_eq!(parsed.warnings.len(), 1, "{:?}", parsed.warnings);
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored() {
+        assert!(parse_spec(r#"{"ociVersion":"1.2.0","future":{"x":[1]}}"#).is_ok());
+    }
+
+    #[test]
+    fn malformed_json_names_the_file_the_line_and_the_column() {
+        let error = parse_spec("{\n \"ociVersion\": \"1.0.2\",\n oops }").unwrap_err();
+        let text = crate::error::chain(&error);
+        assert!(text.contains("config.json") && text.contains("line 3 column 2"), "{text}");
+    }
+
+    #[test]
+    fn a_wrong_type_is_reported_where_it_stands() {
+        let error = parse_spec("{\"ociVersion\":\"1\",\n\"hostname\":[]}").unwrap_err();
+        assert!(crate::error::chain(&error).contains("line 2"));
+    }
+}

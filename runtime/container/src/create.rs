@@ -1,0 +1,369 @@
+//! `create`: from a bundle to a process that waits for `start`.
+//!
+//! Whatever is made is in the record before it is made, and [`Guard`] takes everything back
+//! when a later step fails: nothing is left of a container that could not be created.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use pinion_cgroup::{Cgroup, Driver, Hierarchies};
+use pinion_sys::clone::Child;
+use rustix::thread::CapabilitySet;
+
+use crate::child::{Init, run_init};
+use crate::error::{Doing, Error, Failure, Result};
+use crate::launch::{self, Birth, Opened};
+use crate::mounts::MountKind;
+use crate::namespaces::{Mappings, Namespaces, bit};
+use crate::plan::{Facts, Plan};
+use crate::protocol::{Channel, Message};
+use crate::state::{Lock, Process, Record, StateDir};
+use crate::status::Status;
+use crate::{config, delete, hooks, isolation, paths};
+
+/// What `create` and `run` are told.
+#[derive(Debug)]
+pub struct CreateOptions<'a> {
+    /// The directory of all containers.
+    pub root: &'a Path,
+    /// The container's name.
+    pub id: &'a str,
+    /// The bundle.
+    pub bundle: &'a Path,
+    /// Who makes cgroups.
+    pub driver: Driver,
+    /// Where to write the process id.
+    pub pid_file: Option<&'a Path>,
+    /// Where the master of the terminal goes: a connected socket.
+    pub console: Option<OwnedFd>,
+    /// Where a descriptor of the process goes.
+    pub pidfd_socket: Option<&'a Path>,
+    /// Use `MS_MOVE` instead of pivot_root(2).
+    pub no_pivot: bool,
+    /// Keep the caller's session keyring.
+    pub no_new_keyring: bool,
+    /// Descriptors to pass on, after the standard ones and those of `LISTEN_FDS`.
+    pub preserve_fds: u32,
+}
+
+/// A container that waits for `start`.
+#[derive(Debug)]
+pub struct Created {
+    /// Its first process, a child of the caller.
+    pub child: Child,
+    /// For the log.
+    pub warnings: Vec<String>,
+}
+
+/// Creates a container.
+///
+/// # Errors
+/// Any of [`Error`]; nothing is left behind.
+pub fn create(options: CreateOptions<'_>) -> Result<Created> {
+    let bundle = std::path::absolute(options.bundle)
+        .doing(|| format!("resolve {}", options.bundle.display()))?;
+    let (parsed, bytes) = config::load_spec(&bundle.join("config.json"))?;
+    let spec = parsed.value;
+    let facts = Facts {
+        capabilities: own_capabilities()?,
+        privileged: rustix::process::geteuid().is_root(),
+    };
+    let mut plan = Plan::new(&spec, &bundle, facts)?;
+    check_host(&plan, &options)?;
+    let directory = StateDir::of(options.root, options.id)?;
+    let lock = directory.create()?;
+    let mut guard = Guard {
+        directory: &directory,
+        record: Record::new(options.id, &spec, &bundle, &plan.root.path),
+        child: None,
+        done: false,
+    };
+    guard.record.namespaces = plan.namespaces.create
+        | plan.namespaces.join.iter().fold(0, |bits, (kind, _)| bits | bit(*kind));
+    guard.record.has_poststart = !plan.hooks.poststart.is_empty();
+    guard.record.has_poststop = !plan.hooks.poststop.is_empty();
+    directory.save_config(&bytes)?;
+    let mut warnings = parsed.warnings;
+    warnings.append(&mut plan.warnings);
+    bring_up(options, &spec, &plan, &mut guard, &lock)?;
+    guard.done = true;
+    match guard.child.take() {
+        Some(child) => Ok(Created { child, warnings }),
+        None => Err(Error::ChildVanished("being born")),
+    }
+}
+
+fn bring_up(
+    options: CreateOptions<'_>,
+    spec: &Spec,
+    plan: &Plan,
+    guard: &mut Guard<'_>,
+    lock: &Lock,
+) -> Result<()> {
+    let hierarchies = Hierarchies::detect()?;
+    let mut cgroup = make_cgroup(&options, spec, plan, guard, &hierarchies)?;
+    let opened = Opened::open(&plan.namespaces)?;
+    let prepared = prepare_sources(plan)?;
+    let listener = paths::listen(lock.directory().as_fd(), &guard.directory.start_socket())?;
+    let (channel, theirs) = Channel::pair().doing(|| "socketpair".into())?;
+    let mut init = Some((
+        Init {
+            plan,
+            id: options.id,
+            listener,
+            cgroup: &cgroup,
+            hierarchies: &hierarchies,
+            join: crate::child::Join::Done,
+            namespaces: clone_all(&opened.others)?,
+            prepared,
+            console: options.console,
+            no_pivot: options.no_pivot,
+            new_keyring: !options.no_new_keyring,
+            keep_fds: options.preserve_fds + listen_fds(),
+            extra_env: listen_env(listen_fds()),
+        },
+        theirs,
+    ));
+    let birth = Birth { namespaces: &plan.namespaces, opened: &opened, cgroup: &cgroup };
+    let child = birth.give(|join| match init.take() {
+        Some((init, channel)) => run_init(Init { join, ..init }, channel),
+        None => 1,
+    })?;
+    // The process has its own copies; ours must go, or its end would go unnoticed.
+    drop(init);
+    let pid = child.pid;
+    let child = &*guard.child.insert(child);
+    if let Some(mappings) = &plan.namespaces.mappings {
+        launch::map_ids(pid, mappings, plan.process.oom_score_adj)?;
+        channel.proceed(&[]).doing(|| "let the process go on".into())?;
+    }
+    let raw_pid = pid.as_raw_nonzero().get();
+    guard.record.init =
+        Some(Process::observe(raw_pid).doing(|| "read the process's start time".into())?);
+    if Init::reports_rootfs(plan) {
+        channel.expect(&Message::RootfsReady, "building its root")?;
+        run_runtime_hooks(plan, &guard.record, &channel)?;
+    }
+    channel.expect(&Message::Ready, "preparing the program")?;
+    cgroup.settle();
+    guard.directory.save(&guard.record)?;
+    if let Some(path) = options.pidfd_socket {
+        let socket = paths::connect(path)?;
+        pinion_sys::scm::send(&socket, b"pidfd", &[child.pidfd.as_fd()])
+            .doing(|| format!("send the pidfd to {}", path.display()))?;
+    }
+    match options.pid_file {
+        None => Ok(()),
+        Some(path) => Ok(paths::write_pid_file(path, raw_pid)?),
+    }
+}
+
+fn make_cgroup(
+    options: &CreateOptions<'_>,
+    spec: &Spec,
+    plan: &Plan,
+    guard: &mut Guard<'_>,
+    hierarchies: &Hierarchies,
+) -> Result<Cgroup> {
+    let paths =
+        Cgroup::plan(hierarchies, options.driver, plan.cgroups_path.as_deref(), options.id)?;
+    guard.record.cgroup = Some(paths.clone());
+    guard.directory.save(&guard.record)?;
+    let cgroup = Cgroup::create(hierarchies, &paths).inspect_err(|_| {
+        // Refused or undone by the layer below: a cgroup in that place is not ours.
+        guard.record.cgroup = None;
+    })?;
+    cgroup.apply(&plan.resources)?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    if let Some(request) = isolation::request(&annotations)? {
+        let (record, directory) = (&mut guard.record, guard.directory);
+        isolation::enforce(&request, &plan.resources, hierarchies, record, directory)?;
+    }
+    Ok(cgroup)
+}
+
+fn run_runtime_hooks(plan: &Plan, record: &Record, channel: &Channel) -> Result<()> {
+    let creating = record.oci_state(Status::Creating).to_json()?;
+    hooks::run("prestart", &plan.hooks.prestart, &creating, &record.bundle)?;
+    hooks::run("createRuntime", &plan.hooks.create_runtime, &creating, &record.bundle)?;
+    channel.proceed(&creating).doing(|| "let the process go on".into())?;
+    Ok(())
+}
+
+/// What the runtime can pass on: permitted and within its own bounding set.
+pub(crate) fn own_capabilities() -> Result<CapabilitySet> {
+    let permitted = rustix::thread::capabilities(None).doing(|| "capget".into())?.permitted;
+    let mut own = CapabilitySet::empty();
+    for number in 0..u64::BITS {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        if permitted.contains(one)
+            && rustix::thread::capability_is_in_bounding_set(one).unwrap_or(false)
+        {
+            own |= one;
+        }
+    }
+    Ok(own)
+}
+
+/// What the pure plan cannot know.
+fn check_host(plan: &Plan, options: &CreateOptions<'_>) -> Result<()> {
+    if !plan.root.path.is_dir() {
+        return Err(Error::Invalid(format!(
+            "invalid rootfs: {} is not a directory",
+            plan.root.path.display()
+        )));
+    }
+    if plan.process.terminal && options.console.is_none() {
+        return Err(Error::Invalid(
+            "cannot allocate tty if runc will detach without setting console socket".into(),
+        ));
+    }
+    if !plan.process.terminal && options.console.is_some() {
+        return Err(Error::Invalid(
+            "cannot use console socket if runc will not detach or allocate tty".into(),
+        ));
+    }
+    check_labels(&plan.process)?;
+    check_host_network(plan)?;
+    check_descriptors(options.preserve_fds)
+}
+
+pub(crate) fn check_labels(process: &crate::process::ProcessPlan) -> Result<()> {
+    let enabled =
+        |path: &str| std::fs::read_to_string(path).is_ok_and(|text| text.starts_with('Y'));
+    if process.apparmor.is_some() && !enabled("/sys/module/apparmor/parameters/enabled") {
+        return Err(Error::Unsupported(
+            "apparmor profile specified, but AppArmor is not enabled".into(),
+        ));
+    }
+    if process.selinux.is_some() && !Path::new("/sys/fs/selinux/enforce").exists() {
+        return Err(Error::Unsupported(
+            "selinux label is specified in config, but selinux is disabled or not supported".into(),
+        ));
+    }
+    Ok(())
+}
+
+/// A joined network namespace that is the host's would let sysctls change the host.
+fn check_host_network(plan: &Plan) -> Result<()> {
+    let Some(path) = plan.namespaces.path(LinuxNamespaceType::Network) else { return Ok(()) };
+    let inode = |path: &Path| rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino));
+    let same = inode(path).ok() == inode(Path::new("/proc/self/ns/net")).ok();
+    match plan.sysctl.iter().find(|parameter| parameter.path.starts_with("net/")) {
+        Some(parameter) if same => Err(Error::Invalid(format!(
+            "sysctl {:?} is not allowed in the hosts network namespace",
+            parameter.path
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// All descriptors the caller promised must be there.
+pub(crate) fn check_descriptors(preserved: u32) -> Result<()> {
+    let count = preserved.saturating_add(listen_fds());
+    for number in 3..3 + i64::from(count) {
+        let fd = i32::try_from(number).unwrap_or(i32::MAX);
+        if !pinion_sys::fd::is_open(fd) {
+            return Err(Error::Invalid(format!(
+                "unable to stat preserved-fd {number} (of {count})"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Opens the sources of bind mounts that the process itself could not open or change: those
+/// with an id mapping, and all of them where it will be root in a user namespace only.
+fn prepare_sources(plan: &Plan) -> Result<Vec<Option<OwnedFd>>> {
+    let in_user_namespace = plan.namespaces.has(LinuxNamespaceType::User);
+    plan.mounts
+        .iter()
+        .map(|mount| {
+            let MountKind::Bind { source } = &mount.kind else { return Ok(None) };
+            if !in_user_namespace && mount.options.idmap.is_none() && mount.mappings.is_none() {
+                return Ok(None);
+            }
+            let what = |failure: Failure| Failure {
+                what: format!("prepare the mount source {}: {}", source.display(), failure.what),
+                ..failure
+            };
+            let opened = crate::rootfs::open_source(source).map_err(what)?;
+            let recursive = mount.options.bind.unwrap_or(true);
+            let tree = crate::rootfs::copy_of(opened.as_fd(), recursive)
+                .doing(|| "open_tree".into())
+                .map_err(what)?;
+            if mount.options.idmap.is_some() || mount.mappings.is_some() {
+                let mappings = mapping_of(mount.mappings.as_ref(), &plan.namespaces)?;
+                let recursive = mount.options.idmap == Some(true);
+                map_tree(&tree, mappings, recursive).map_err(what)?;
+            }
+            Ok(Some(tree))
+        })
+        .collect()
+}
+
+fn mapping_of<'a>(own: Option<&'a Mappings>, namespaces: &'a Namespaces) -> Result<&'a Mappings> {
+    own.or(namespaces.mappings.as_ref()).ok_or_else(|| {
+        Error::Invalid(
+            "an id-mapped mount needs mappings of its own or a new user namespace".into(),
+        )
+    })
+}
+
+fn map_tree(tree: &OwnedFd, mappings: &Mappings, recursive: bool) -> Result<(), Failure> {
+    let namespace = launch::user_namespace(mappings)?;
+    let request =
+        pinion_sys::mount::MountAttributes { idmap: Some(namespace.as_fd()), ..Default::default() };
+    pinion_sys::mount::set_attributes(tree.as_fd(), c"", recursive, &request)
+        .doing(|| "map ids (MOUNT_ATTR_IDMAP)".into())
+}
+
+fn clone_all(fds: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
+    fds.iter().map(|fd| Ok(fd.try_clone().doing(|| "dup".into())?)).collect()
+}
+
+/// How many sockets systemd handed to the caller, who hands them on (sd_listen_fds(3)).
+/// Nonsense counts as none.
+pub(crate) fn listen_fds() -> u32 {
+    let listed = std::env::var("LISTEN_FDS").ok().and_then(|text| text.parse().ok());
+    listed.filter(|count| *count <= MAX_LISTEN_FDS).unwrap_or(0)
+}
+
+/// More than any unit has sockets, and far from overflowing a descriptor number.
+const MAX_LISTEN_FDS: u32 = 1024;
+
+/// The container's process is the one the sockets are meant for.
+fn listen_env(count: u32) -> Vec<CString> {
+    if count == 0 {
+        return Vec::new();
+    }
+    let entries = [format!("LISTEN_FDS={count}"), "LISTEN_PID=1".into()];
+    entries.into_iter().filter_map(|entry| CString::new(entry).ok()).collect()
+}
+
+/// Takes back an unfinished container when dropped.
+struct Guard<'a> {
+    directory: &'a StateDir,
+    record: Record,
+    child: Option<Child>,
+    done: bool,
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        if let Some(child) = &self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let leftovers = delete::tear_down(self.directory, &mut self.record);
+        if let Err(Error::Cleanup(_)) = leftovers {
+            // Stays visible, so that `delete --force` can try again.
+            let _ = self.directory.save(&self.record);
+        }
+    }
+}
