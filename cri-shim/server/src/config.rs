@@ -1,0 +1,424 @@
+//! The configuration: one TOML file, drop-ins beside it, then command-line flags.
+//!
+//! Every key has a default, so that no file is needed. Files are checked one by one, so an
+//! unknown key or a wrong type is reported with the file it stands in; then the tables are
+//! merged, later files over earlier ones, in the order of their names.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the configuration is looked for when no path is given.
+pub const DEFAULT_PATH: &str = "/etc/pinion/config.toml";
+
+/// Everything a person may set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Directories and the socket.
+    pub server: Server,
+    /// What is logged, and how.
+    pub log: Log,
+    /// How containers are run.
+    pub runtime: Runtime,
+    /// Pulling and storing images.
+    pub image: Image,
+    /// CNI.
+    pub network: Network,
+    /// The isolation contract.
+    pub isolation: Isolation,
+}
+
+/// Directories and the socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// Persistent state: store, image content, snapshots.
+    pub root: PathBuf,
+    /// State that ends with the boot: pods, sockets, runtime state.
+    pub run_dir: PathBuf,
+    /// The CRI and admin socket; `piniond.sock` in `run_dir` when empty.
+    pub socket: PathBuf,
+    /// Group that may use the socket besides root; the mode is then 0660 instead of 0600.
+    pub socket_group: Option<u32>,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/pinion".into(),
+            run_dir: "/run/pinion".into(),
+            socket: PathBuf::new(),
+            socket_group: None,
+        }
+    }
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// A `tracing` filter: `info`, or per module such as `info,piniond::pod=debug`.
+    pub level: String,
+    /// For people or for machines.
+    pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+/// Shape of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// One line of text.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// How containers are run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Runtime {
+    /// The OCI runtime; `pinion` beside this executable, then in `PATH`, when empty.
+    pub path: PathBuf,
+    /// The pod monitor; `pinion-monitor`, found likewise, when empty.
+    pub monitor_path: PathBuf,
+    /// Who makes cgroups. `auto`: systemd where it is the init, else plain directories.
+    pub cgroup_driver: CgroupDriver,
+    /// Parent of pods whose request names none. Empty: `/pinion`, or `pinion.slice`.
+    pub default_cgroup_parent: String,
+    /// Size of each pod's `/dev/shm` in bytes.
+    pub shm_size: u64,
+    /// Most processes in one container; 0 for no limit.
+    pub pids_limit: i64,
+    /// Bytes of a line before the log gets it as a partial one.
+    pub max_log_line: u64,
+    /// Default seccomp profile in OCI JSON; the built-in one when empty.
+    pub seccomp_profile: PathBuf,
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            monitor_path: PathBuf::new(),
+            cgroup_driver: CgroupDriver::Auto,
+            default_cgroup_parent: String::new(),
+            shm_size: 64 << 20,
+            pids_limit: 0,
+            max_log_line: 16 << 10,
+            seccomp_profile: PathBuf::new(),
+        }
+    }
+}
+
+/// Who makes cgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    /// systemd where it is the init, else plain directories.
+    Auto,
+    /// Transient units over D-Bus.
+    Systemd,
+    /// Plain directories.
+    Cgroupfs,
+}
+
+/// Pulling and storing images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Image {
+    /// Directories with `<host>/hosts.toml` for mirrors, in order.
+    pub registry_configs: Vec<PathBuf>,
+    /// Registries spoken to without TLS; loopback addresses always are.
+    pub insecure_registries: Vec<String>,
+}
+
+impl Default for Image {
+    fn default() -> Self {
+        Self {
+            registry_configs: vec![
+                "/etc/pinion/certs.d".into(),
+                "/etc/containerd/certs.d".into(),
+            ],
+            insecure_registries: Vec::new(),
+        }
+    }
+}
+
+/// CNI.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// Where network configurations are looked for.
+    pub conf_dir: PathBuf,
+    /// Where plugins are looked for, in order.
+    pub bin_dirs: Vec<PathBuf>,
+    /// Where results are kept.
+    pub cache_dir: PathBuf,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            cache_dir: "/var/lib/cni".into(),
+        }
+    }
+}
+
+/// The isolation contract.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Isolation {
+    /// What happens when a node's pool cannot hold a container's hugepage limit.
+    pub hugepages: HugepagePolicy,
+    /// Treat a container whose CPU request is whole and matches its cpuset as exclusive.
+    pub infer_exclusive: bool,
+}
+
+impl Default for Isolation {
+    fn default() -> Self {
+        Self { hugepages: HugepagePolicy::Enforce, infer_exclusive: true }
+    }
+}
+
+/// What happens when a node's pool cannot hold a container's hugepage limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HugepagePolicy {
+    /// Every container is refused, so that none meets SIGBUS later.
+    Enforce,
+    /// Only strict containers are refused; the others start and the log says so.
+    Report,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file that should be there cannot be read.
+    #[error("read {}", path.display())]
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file is not TOML, or has a key or type that is not known.
+    #[error("{}: {detail}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The parser's own words, with line and key.
+        detail: String,
+    },
+    /// A value is well-formed but makes no sense.
+    #[error("configuration: {key}: {reason}")]
+    Value {
+        /// The key, dotted.
+        key: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// Values given on the command line, which win over files.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// `--socket`
+    pub socket: Option<PathBuf>,
+    /// `--root`
+    pub root: Option<PathBuf>,
+    /// `--run-dir`
+    pub run_dir: Option<PathBuf>,
+    /// `--log-level`
+    pub log_level: Option<String>,
+}
+
+impl Config {
+    /// Reads `path` and the `config.d/*.toml` beside it. A missing default file is no
+    /// error; a missing file that was asked for by name is.
+    pub fn load(path: Option<&Path>, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let main = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let mut files = Vec::new();
+        if path.is_some() || main.exists() {
+            files.push(main.to_path_buf());
+        }
+        files.extend(drop_ins(&main.with_file_name("config.d"))?);
+
+        let mut merged = toml::Table::new();
+        for file in files {
+            let text = fs::read_to_string(&file)
+                .map_err(|source| ConfigError::Read { path: file.clone(), source })?;
+            merge(&mut merged, parse(&file, &text)?);
+        }
+        let mut config: Self = merged.try_into().map_err(|e: toml::de::Error| {
+            ConfigError::Parse { path: main.to_path_buf(), detail: e.to_string() }
+        })?;
+        config.apply(overrides);
+        config.check()?;
+        Ok(config)
+    }
+
+    fn apply(&mut self, overrides: &Overrides) {
+        let Overrides { socket, root, run_dir, log_level } = overrides.clone();
+        if let Some(root) = root {
+            self.server.root = root;
+        }
+        if let Some(run_dir) = run_dir {
+            self.server.run_dir = run_dir;
+        }
+        if let Some(socket) = socket {
+            self.server.socket = socket;
+        }
+        if let Some(level) = log_level {
+            self.log.level = level;
+        }
+        if self.server.socket.as_os_str().is_empty() {
+            self.server.socket = self.server.run_dir.join("piniond.sock");
+        }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let directories = [
+            ("server.root", &self.server.root),
+            ("server.run_dir", &self.server.run_dir),
+            ("server.socket", &self.server.socket),
+        ];
+        for (key, path) in directories {
+            if !path.is_absolute() {
+                let reason = format!("{} is not an absolute path", path.display());
+                return Err(ConfigError::Value { key, reason });
+            }
+        }
+        if self.runtime.pids_limit < 0 {
+            let reason = format!("{} is negative; 0 means no limit", self.runtime.pids_limit);
+            return Err(ConfigError::Value { key: "runtime.pids_limit", reason });
+        }
+        Ok(())
+    }
+
+    /// The configuration as TOML, as `piniond config` prints it.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string_pretty(self)
+    }
+}
+
+/// The drop-ins in a directory, in the order of their names.
+fn drop_ins(directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let read = |source| ConfigError::Read { path: directory.to_path_buf(), source };
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(read(e)),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(read)?.path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Parses one file and checks its keys on their own, so that the error can name it.
+fn parse(path: &Path, text: &str) -> Result<toml::Table, ConfigError> {
+    let detail = |e: toml::de::Error| ConfigError::Parse {
+        path: path.to_path_buf(),
+        detail: e.to_string().trim_end().to_string(),
+    };
+    toml::from_str::<Config>(text).map_err(detail)?;
+    toml::from_str(text).map_err(detail)
+}
+
+/// Lays `over` on `base`; tables are merged, everything else is replaced.
+fn merge(base: &mut toml::Table, over: toml::Table) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Table(below)), toml::Value::Table(above)) => merge(below, above),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("config.d")).unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        dir
+    }
+
+    fn load(dir: &tempfile::TempDir) -> Result<Config, ConfigError> {
+        Config::load(Some(&dir.path().join("config.toml")), &Overrides::default())
+    }
+
+    #[test]
+    fn drop_ins_win_over_the_file_and_later_names_over_earlier() {
+        let dir = directory(&[
+            ("config.toml", "[log]\nlevel = 'warn'\n[runtime]\nshm_size = 1\n"),
+            ("config.d/10-a.toml", "[runtime]\nshm_size = 2\n"),
+            ("config.d/20-b.toml", "[runtime]\nshm_size = 3\n"),
+            ("config.d/30-c.conf", "nonsense"),
+        ]);
+        let config = load(&dir).unwrap();
+        assert_eq!(config.runtime.shm_size, 3);
+        assert_eq!(config.log.level, "warn");
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_naming_key_and_file() {
+        let dir = directory(&[
+            ("config.toml", ""),
+            ("config.d/bad.toml", "[runtime]\nshm_sise = 2\n"),
+        ]);
+        let text = load(&dir).unwrap_err().to_string();
+        assert!(text.contains("bad.toml"), "{text}");
+        assert!(text.contains("shm_sise"), "{text}");
+    }
+
+    #[test]
+    fn a_file_asked_for_by_name_must_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(load(&dir), Err(ConfigError::Read { .. })));
+    }
+
+    #[test]
+    fn flags_win_and_the_socket_follows_the_run_directory() {
+        let dir = directory(&[("config.toml", "[server]\nrun_dir = '/run/a'\n")]);
+        let overrides = Overrides { run_dir: Some("/run/b".into()), ..Default::default() };
+        let config = Config::load(Some(&dir.path().join("config.toml")), &overrides).unwrap();
+        assert_eq!(config.server.socket, Path::new("/run/b/piniond.sock"));
+    }
+
+    #[test]
+    fn what_config_prints_reads_back_as_the_same() {
+        let dir = directory(&[("config.toml", "[image]\ninsecure_registries = ['a:5000']\n")]);
+        let config = load(&dir).unwrap();
+        let text = config.to_toml().unwrap();
+        assert_eq!(toml::from_str::<Config>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn relative_directories_are_refused() {
+        let dir = directory(&[("config.toml", "[server]\nroot = 'here'\n")]);
+        assert!(matches!(load(&dir), Err(ConfigError::Value { key: "server.root", .. })));
+    }
+}

@@ -1,0 +1,129 @@
+//! The hugepage ledger: who was promised which pages, over all containers of the node.
+//!
+//! A grant is stored in the transaction of the intent it is for, and the pools are read anew
+//! for every decision, so the ledger follows an administrator who resizes them.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use pinion_placement::{Grant, Ledger, NodePool, hugepages_held};
+use pinion_store::{Table, Tx};
+use pinion_topology::{PageSize, Topology};
+
+use super::view::topology;
+use super::Decision;
+use crate::config::HugepagePolicy;
+use crate::error::{Error, Kind, Result};
+use crate::node::Node;
+
+/// Grants by container.
+pub(crate) const GRANTS: Table<Vec<Grant>> = Table::new("hugepage-grants");
+
+/// The grants in force.
+#[derive(Debug, Default)]
+pub(crate) struct Hugepages {
+    grants: Mutex<BTreeMap<String, Vec<Grant>>>,
+}
+
+impl Hugepages {
+    /// Takes over what the store remembers.
+    pub(crate) fn restore(&self, grants: BTreeMap<String, Vec<Grant>>) {
+        *self.lock() = grants;
+    }
+
+    /// The containers that hold grants.
+    pub(crate) fn holders(&self) -> Vec<String> {
+        self.lock().keys().cloned().collect()
+    }
+
+    /// The grants of a container.
+    pub(crate) fn of(&self, container: &str) -> Vec<Grant> {
+        self.lock().get(container).cloned().unwrap_or_default()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Grant>>> {
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the ledger, as it would be over the pools of this moment. Blocks.
+    fn ask(&self, node: &Node, container: &str, decision: &Decision) -> Result<Vec<Grant>> {
+        let topology = topology()?;
+        let mut grants = self.lock();
+        let held = held(node, grants.keys(), &topology);
+        let mut ledger = Ledger::new(NodePool::observed(&topology, &held));
+        ledger.restore(grants.clone());
+        let granted = ledger
+            .grant(container, &decision.demands, &decision.prefer)
+            .map_err(|refusal| Error::from_foreign(Kind::Refused, refusal))?;
+        grants.insert(container.to_string(), granted.clone());
+        Ok(granted)
+    }
+}
+
+/// Pages that containers with grants have in use; what else is in use is foreign.
+fn held<'a>(
+    node: &Node,
+    holders: impl Iterator<Item = &'a String>,
+    topology: &Topology,
+) -> BTreeMap<(u32, PageSize), u64> {
+    let snapshot = node.registry.snapshot();
+    let mut held = BTreeMap::new();
+    for holder in holders {
+        let Ok((_, container)) = snapshot.container(holder) else { continue };
+        let paths = node.cgroups.container_paths(&container.cgroups_path, &container.id);
+        let Ok(mut paths) = paths else { continue };
+        let Some(group) = paths.v1.remove("hugetlb").or(paths.unified) else { continue };
+        for (place, pages) in hugepages_held(&group, topology) {
+            *held.entry(place).or_insert(0) += pages;
+        }
+    }
+    held
+}
+
+/// Grants what a container demands and commits it with `begin`, its intent.
+pub(crate) async fn reserve<T: Send + 'static>(
+    node: &std::sync::Arc<Node>,
+    container: &str,
+    decision: &Decision,
+    begin: impl FnOnce(&Tx) -> pinion_store::Result<T> + Send + 'static,
+) -> Result<(T, Vec<Grant>)> {
+    if decision.demands.is_empty() {
+        return Ok((node.write(begin).await?, Vec::new()));
+    }
+    let (asker, id, asked) = (node.clone(), container.to_string(), decision.clone());
+    let answer = crate::services::blocking(move || asker.hugepages.ask(&asker, &id, &asked)).await;
+    let enforced = decision.contract.strict
+        || node.config.isolation.hugepages == HugepagePolicy::Enforce;
+    let granted = match answer {
+        Ok(granted) => granted,
+        Err(error) if error.kind() == Kind::Refused && !enforced => {
+            tracing::warn!(container, error = %error.chain(), "hugepages are overcommitted");
+            Vec::new()
+        }
+        Err(error) => return Err(error),
+    };
+    let (key, record) = (container.to_string(), granted.clone());
+    let written = node
+        .write(move |tx| {
+            if !record.is_empty() {
+                tx.put(GRANTS, &key, &record)?;
+            }
+            begin(tx)
+        })
+        .await;
+    match written {
+        Ok(result) => Ok((result, granted)),
+        Err(error) => {
+            node.hugepages.lock().remove(container);
+            Err(error)
+        }
+    }
+}
+
+/// Gives a container's pages back.
+pub(crate) async fn release(node: &Node, container: &str) -> Result<()> {
+    let key = container.to_string();
+    node.write(move |tx| tx.delete(GRANTS, &key).map(drop)).await?;
+    node.hugepages.lock().remove(container);
+    Ok(())
+}

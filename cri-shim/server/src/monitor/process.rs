@@ -1,0 +1,141 @@
+//! Monitor processes: starting them, and ending one that no longer answers.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::process::Command;
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::services::blocking;
+
+/// A monitor that has not begun to listen by then never will.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long a killed monitor may take to be gone.
+const END_LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+
+/// What a monitor is started with.
+#[derive(Debug)]
+pub(crate) struct Invocation<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) pod: &'a str,
+    /// The pod's directory.
+    pub(crate) directory: &'a Path,
+    pub(crate) runtime: &'a Path,
+    pub(crate) runtime_root: &'a Path,
+    pub(crate) systemd_cgroup: bool,
+}
+
+/// Starts a pod's monitor; returns when it listens. It leaves our process tree, so that it
+/// outlives us.
+pub(crate) async fn start(invocation: &Invocation<'_>) -> Result<()> {
+    let mut command = Command::new(invocation.program);
+    command
+        .arg("--pod")
+        .arg(invocation.pod)
+        .arg("--dir")
+        .arg(invocation.directory)
+        .arg("--runtime")
+        .arg(invocation.runtime)
+        .arg("--runtime-root")
+        .arg(invocation.runtime_root)
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
+    if invocation.systemd_cgroup {
+        command.arg("--systemd-cgroup");
+    }
+    // A file and not a pipe: the daemonised monitor keeps its standard error, and a pipe
+    // would keep us reading for as long as it lives.
+    let log = invocation.directory.join("monitor-start.log");
+    let file = fs::File::create(&log).context(|| format!("create {}", log.display()))?;
+    command.stderr(file);
+
+    let program = invocation.program.display();
+    let mut child = command.spawn().context(|| format!("start {program}"))?;
+    let status = tokio::time::timeout(START_LIMIT, child.wait())
+        .await
+        .kind(Kind::Internal, || format!("{program} is not ready after {START_LIMIT:?}"))?
+        .context(|| format!("wait for {program}"))?;
+    if !status.success() {
+        let words = fs::read_to_string(&log).unwrap_or_default();
+        return Err(Error::internal(format!("{program}: {status}: {}", words.trim())));
+    }
+    Ok(())
+}
+
+fn pid_file(directory: &Path) -> PathBuf {
+    directory.join("monitor.pid")
+}
+
+/// The monitor named by the pid file, if that process is a monitor of this very pod.
+fn find(directory: &Path) -> Option<Pid> {
+    let text = fs::read_to_string(pid_file(directory)).ok()?;
+    let pid = Pid::from_raw(text.trim().parse().ok()?)?;
+    // A pid may have been used again since; the arguments tell.
+    let arguments = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
+    let directory = directory.as_os_str().as_encoded_bytes();
+    arguments.split(|b| *b == 0).any(|argument| argument == directory).then_some(pid)
+}
+
+/// Kills the pod's monitor if it still lives, and waits until it is gone.
+pub(crate) async fn end(directory: &Path) -> Result<()> {
+    let Some(pid) = find(directory) else { return Ok(()) };
+    let what = move || format!("kill monitor {}", pid.as_raw_nonzero());
+    let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(e) => return Err(e).context(what),
+    };
+    // Between the look at its arguments and the pidfd the process may have been replaced.
+    if find(directory) != Some(pid) {
+        return Ok(());
+    }
+    match pidfd_send_signal(&pidfd, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(e) => return Err(e).context(what),
+    }
+    let ended = blocking(move || {
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        poll(&mut fds, Some(&END_LIMIT)).context(what)
+    });
+    match ended.await? {
+        0 => Err(Error::new(Kind::Unavailable, format!("{}: it does not end", what()))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_pid_file_kills_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(pid_file(dir.path()), std::process::id().to_string()).unwrap();
+        assert!(find(dir.path()).is_none());
+        end(dir.path()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_program_that_fails_is_reported_with_its_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let invocation = Invocation {
+            program: Path::new("/bin/cp"),
+            pod: "p",
+            directory: dir.path(),
+            runtime: Path::new("/bin/true"),
+            runtime_root: dir.path(),
+            systemd_cgroup: false,
+        };
+        let text = start(&invocation).await.unwrap_err().chain();
+        assert!(text.contains("--pod"), "{text}");
+    }
+}

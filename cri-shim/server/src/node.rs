@@ -1,0 +1,166 @@
+//! The node: everything the pods' actors and the services share.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use pinion_image::Images;
+use pinion_network::Network;
+use pinion_spec::HostFacts;
+use pinion_store::{Store, Tx};
+
+use crate::admission::{Admission, Admit, Settled};
+use crate::cgroups::Cgroups;
+use crate::config::Config;
+use crate::contract::hugepages::Hugepages;
+use crate::error::{Context, Result};
+use crate::events::Events;
+use crate::monitor;
+use crate::paths::Paths;
+use crate::programs::Programs;
+use crate::record::Sandbox;
+use crate::registry::Registry;
+use crate::services::blocking;
+use crate::stats::Samples;
+use crate::ticket::Ticket;
+
+/// A pod's name as kubelet means it, and what was asked for under it.
+type PodNames = Admission<PodName, PodRequest, Ticket<String>>;
+
+/// What is unique among the pods of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct PodName {
+    name: String,
+    namespace: String,
+    uid: String,
+    attempt: u32,
+}
+
+/// What was asked for: the configuration and the handler.
+pub(crate) type PodRequest = (pinion_cri_proto::v1::PodSandboxConfig, String);
+
+impl PodName {
+    pub(crate) fn of(config: &pinion_cri_proto::v1::PodSandboxConfig) -> Self {
+        let metadata = config.metadata.clone().unwrap_or_default();
+        Self {
+            name: metadata.name,
+            namespace: metadata.namespace,
+            uid: metadata.uid,
+            attempt: metadata.attempt,
+        }
+    }
+}
+
+/// The node.
+pub(crate) struct Node {
+    pub(crate) config: Config,
+    pub(crate) paths: Paths,
+    pub(crate) programs: Programs,
+    pub(crate) store: Store,
+    pub(crate) images: Arc<Images>,
+    pub(crate) network: Network,
+    pub(crate) cgroups: Cgroups,
+    pub(crate) facts: HostFacts,
+    pub(crate) hugepages: Hugepages,
+    pub(crate) registry: Registry,
+    pub(crate) events: Events,
+    /// What was found wrong at the start, for `info`.
+    pub(crate) findings: Mutex<Vec<String>>,
+    pub(crate) samples: Samples,
+    pub(crate) began: Instant,
+    names: Mutex<PodNames>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("paths", &self.paths).finish_non_exhaustive()
+    }
+}
+
+/// The parts of a node, as the start-up code opens them.
+pub(crate) struct Parts {
+    pub(crate) config: Config,
+    pub(crate) programs: Programs,
+    pub(crate) store: Store,
+    pub(crate) images: Arc<Images>,
+    pub(crate) network: Network,
+    pub(crate) cgroups: Cgroups,
+    pub(crate) facts: HostFacts,
+}
+
+impl Node {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self {
+            paths: Paths::new(&parts.config),
+            config: parts.config,
+            programs: parts.programs,
+            store: parts.store,
+            images: parts.images,
+            network: parts.network,
+            cgroups: parts.cgroups,
+            facts: parts.facts,
+            hugepages: Hugepages::default(),
+            registry: Registry::default(),
+            events: Events::default(),
+            findings: Mutex::default(),
+            samples: Samples::default(),
+            began: Instant::now(),
+            names: Mutex::default(),
+        }
+    }
+
+    /// One transaction of the store, off the event loop.
+    pub(crate) async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Tx) -> pinion_store::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = self.store.clone();
+        blocking(move || store.write(work).context(|| "write to the store".to_string())).await
+    }
+
+    /// Asks for a pod's name; see [`Admission`].
+    pub(crate) fn admit(
+        &self,
+        request: PodRequest,
+        id: &str,
+        ticket: Ticket<String>,
+    ) -> Admit<Ticket<String>> {
+        self.names().admit(PodName::of(&request.0), request, id, ticket)
+    }
+
+    pub(crate) fn settle_name(&self, sandbox: &Sandbox, settled: Settled) {
+        self.names().settle(&PodName::of(&sandbox.config), settled);
+    }
+
+    pub(crate) fn restore_name(&self, sandbox: &Sandbox) {
+        let request = (sandbox.config.0.clone(), sandbox.handler.clone());
+        self.names().restore(PodName::of(&sandbox.config), request, &sandbox.id);
+    }
+
+    pub(crate) fn release_name(&self, sandbox: &Sandbox) {
+        self.names().release(&PodName::of(&sandbox.config), &sandbox.id);
+    }
+
+    fn names(&self) -> std::sync::MutexGuard<'_, PodNames> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes something a person should know, in the log and for `info`.
+    pub(crate) fn find(&self, finding: String) {
+        tracing::warn!("{finding}");
+        self.findings.lock().unwrap_or_else(PoisonError::into_inner).push(finding);
+    }
+
+    /// Starts the monitor of a pod.
+    pub(crate) async fn start_monitor(&self, pod: &str) -> Result<()> {
+        let directory = self.paths.pod(pod);
+        monitor::start(&monitor::Invocation {
+            program: &self.programs.monitor,
+            pod,
+            directory: directory.path(),
+            runtime: &self.programs.runtime,
+            runtime_root: &self.programs.runtime_root,
+            systemd_cgroup: self.programs.systemd_cgroup,
+        })
+        .await
+    }
+}

@@ -1,0 +1,520 @@
+//! The actor of one pod: takes commands and notices, runs operations, applies what they did.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use pinion_cri_proto::v1::{self, ContainerEventType};
+use tokio::sync::{mpsc, watch};
+
+use super::operations::{self, Done, Held};
+use super::reconnect::{self, Reconnected};
+use super::schedule::{Schedule, Scope};
+use super::{Command, Reply};
+use crate::admission::{Admission, Admit, Settled};
+use crate::error::{Error, Kind, Result};
+use crate::monitor::{Client, Notice};
+use crate::node::Node;
+use crate::record::{CONTAINERS, Container, Exit, SANDBOXES, Sandbox};
+use crate::registry::PodView;
+use crate::ticket::{Completion, Ticket, ticket};
+use crate::{ids, status};
+
+/// Commands that may wait for the actor; more make their senders wait.
+const QUEUE: usize = 64;
+
+/// A pod's state as handed to a new actor.
+#[derive(Debug)]
+pub(crate) struct Seed {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) containers: Vec<Container>,
+    pub(crate) monitor: Option<Client>,
+    pub(crate) notices: (mpsc::UnboundedSender<Notice>, mpsc::UnboundedReceiver<Notice>),
+}
+
+/// Starts the actor of a pod and publishes its first view.
+pub(crate) fn spawn(node: Arc<Node>, seed: Seed) {
+    let (sender, commands) = mpsc::channel(QUEUE);
+    let mut names = Admission::default();
+    for container in &seed.containers {
+        names.restore(name(&container.config), container.config.0.clone(), &container.id);
+    }
+    let containers =
+        seed.containers.into_iter().map(|c| (c.id.clone(), Member::new(c))).collect();
+    let actor = Actor {
+        node,
+        sandbox: seed.sandbox,
+        containers,
+        names,
+        schedule: Schedule::default(),
+        running: FuturesUnordered::new(),
+        monitor: seed.monitor,
+        notices: seed.notices.0,
+        sender,
+        early: HashMap::new(),
+        stopping: false,
+        removed: false,
+    };
+    actor.publish();
+    tokio::spawn(actor.run(commands, seed.notices.1));
+}
+
+/// A container and the signal that it has ended.
+#[derive(Debug)]
+struct Member {
+    record: Container,
+    ended: watch::Sender<bool>,
+}
+
+impl Member {
+    fn new(record: Container) -> Self {
+        Self { ended: watch::Sender::new(record.exit.is_some()), record }
+    }
+}
+
+/// A command that was let in.
+#[derive(Debug)]
+enum Work {
+    Create { id: String, config: Box<v1::ContainerConfig>, completion: Completion<String> },
+    Command(Command),
+}
+
+struct Actor {
+    node: Arc<Node>,
+    sandbox: Sandbox,
+    containers: BTreeMap<String, Member>,
+    names: Admission<(String, u32), v1::ContainerConfig, Ticket<String>>,
+    schedule: Schedule<Work>,
+    running: FuturesUnordered<BoxFuture<'static, (Option<Scope>, Done)>>,
+    monitor: Option<Client>,
+    notices: mpsc::UnboundedSender<Notice>,
+    sender: mpsc::Sender<Command>,
+    /// Exits reported before their container's creation was applied.
+    early: HashMap<String, Exit>,
+    /// The pod is being stopped, and its monitor with it.
+    stopping: bool,
+    removed: bool,
+}
+
+/// What is unique among the containers of a pod.
+fn name(config: &v1::ContainerConfig) -> (String, u32) {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    (metadata.name, metadata.attempt)
+}
+
+impl Actor {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut notices: mpsc::UnboundedReceiver<Notice>,
+    ) {
+        while !self.removed {
+            tokio::select! {
+                // Exits first: an operation's result may depend on one.
+                biased;
+                Some(notice) = notices.recv() => self.notice(notice).await,
+                Some((scope, done)) = self.running.next() => {
+                    self.apply(done).await;
+                    if let Some(scope) = scope {
+                        self.schedule.done(&scope);
+                    }
+                }
+                Some(command) = commands.recv() => self.admit(command),
+                // The actor holds a sender of its own, so its channels never close.
+                else => return,
+            }
+            while !self.removed && let Some((scope, work)) = self.schedule.next() {
+                let operation = self.begin(work);
+                self.running.push(Box::pin(async move { (Some(scope), operation.await) }));
+            }
+        }
+    }
+
+    /// Lets a command in, or answers it.
+    fn admit(&mut self, command: Command) {
+        let scope = match &command {
+            Command::Create { .. } => return self.admit_create(command),
+            Command::Start { container, .. }
+            | Command::Remove { container, .. }
+            | Command::Update { container, .. }
+            | Command::ReopenLog { container, .. } => Scope::Container(container.clone()),
+            Command::Stop { container, .. } => Scope::Stop(container.clone()),
+            Command::UpdatePod { .. } | Command::StopPod { .. } | Command::RemovePod { .. } => {
+                Scope::Pod
+            }
+        };
+        self.schedule.push(scope, Work::Command(command));
+    }
+
+    fn admit_create(&mut self, command: Command) {
+        let Command::Create { config, reply } = command else { return };
+        // Whoever asked may be gone; the answer then goes nowhere.
+        let _ = reply.send(self.create_ticket(config));
+    }
+
+    fn create_ticket(&mut self, config: Box<v1::ContainerConfig>) -> Result<Ticket<String>> {
+        let name = name(&config);
+        if name.0.is_empty() {
+            return Err(Error::invalid("metadata.name: a container needs a name"));
+        }
+        if !self.sandbox.ready {
+            return Err(Error::precondition(format!("pod sandbox {} is not ready", self.sandbox.id)));
+        }
+        let id = ids::random_id()?;
+        let (completion, mine) = ticket();
+        match self.names.admit(name.clone(), (*config).clone(), &id, mine.clone()) {
+            Admit::Start => {
+                let scope = Scope::Container(id.clone());
+                self.schedule.push(scope, Work::Create { id, config, completion });
+                Ok(mine)
+            }
+            Admit::Join(theirs) => Ok(theirs),
+            Admit::Made(id) => {
+                completion.complete(Ok(id));
+                Ok(mine)
+            }
+            Admit::Taken { id, in_progress } => {
+                let state = if in_progress { "is being created" } else { "exists" };
+                let (name, attempt) = name;
+                Err(Error::new(
+                    Kind::AlreadyExists,
+                    format!("container {name} (attempt {attempt}) {state} as {id} with another configuration"),
+                ))
+            }
+        }
+    }
+
+    /// The operation of a command, on copies of the state as it is now.
+    fn begin(&mut self, work: Work) -> BoxFuture<'static, Done> {
+        let context = operations::Context {
+            node: self.node.clone(),
+            sandbox: self.sandbox.clone(),
+            monitor: self.monitor.clone(),
+        };
+        let command = match work {
+            Work::Create { id, config, completion } => {
+                return Box::pin(operations::create(context, id, config, completion));
+            }
+            Work::Command(command) => command,
+        };
+        match command {
+            Command::Create { .. } => Box::pin(async { Done::Nothing }),
+            Command::Start { container, reply } => {
+                let member = self.member(&container);
+                Box::pin(operations::start(context, container, member, reply))
+            }
+            Command::Stop { container, grace, reply } => {
+                let member = self.member(&container);
+                Box::pin(operations::stop(context, member, grace, reply))
+            }
+            Command::Remove { container, reply } => {
+                let member = self.member(&container);
+                Box::pin(operations::remove(context, container, member, reply))
+            }
+            Command::Update { container, resources, reply } => {
+                let member = self.member(&container);
+                Box::pin(operations::update(context, container, member, resources, reply))
+            }
+            Command::UpdatePod { overhead, resources, reply } => {
+                Box::pin(async { Done::PodUpdated { overhead, resources, reply } })
+            }
+            Command::ReopenLog { container, reply } => {
+                let member = self.member(&container);
+                Box::pin(operations::reopen_log(context, member, reply))
+            }
+            Command::StopPod { reply } => {
+                self.stopping = true;
+                Box::pin(operations::stop_pod(context, self.members(), false, reply))
+            }
+            Command::RemovePod { reply } => {
+                self.stopping = true;
+                Box::pin(operations::stop_pod(context, self.members(), true, reply))
+            }
+        }
+    }
+
+    fn member(&self, id: &str) -> Result<Held> {
+        let member = self
+            .containers
+            .get(id)
+            .ok_or_else(|| Error::not_found(format!("container {id}")))?;
+        Ok(Held { record: member.record.clone(), ended: member.ended.subscribe() })
+    }
+
+    fn members(&self) -> Vec<Held> {
+        let held = |m: &Member| Held { record: m.record.clone(), ended: m.ended.subscribe() };
+        self.containers.values().map(held).collect()
+    }
+
+    /// Applies what an operation did: store, then view, then answer.
+    async fn apply(&mut self, done: Done) {
+        match done {
+            Done::Nothing => {}
+            Done::Created { id, config, result, completion } => {
+                let result = self.created(&id, &config, result).await;
+                completion.complete(result);
+            }
+            Done::Started { id, result, reply } => {
+                let result = match result {
+                    Ok(at) => self.change(&id, |c| c.start(at)).await,
+                    Err(e) => Err(e),
+                };
+                if result.is_ok() {
+                    self.announce(&id, ContainerEventType::ContainerStartedEvent);
+                }
+                answer(reply, result);
+            }
+            Done::Answered { result, reply } => answer(reply, result),
+            Done::Updated { id, result, reply } => {
+                let result = match result {
+                    Ok(resources) => self.change(&id, |c| c.limit(*resources)).await,
+                    Err(e) => Err(e),
+                };
+                answer(reply, result);
+            }
+            Done::PodUpdated { overhead, resources, reply } => {
+                let linux = self.sandbox.config.0.linux.get_or_insert_default();
+                linux.overhead = overhead.or(linux.overhead.take());
+                linux.resources = resources.or(linux.resources.take());
+                answer(reply, self.commit_sandbox().await);
+            }
+            Done::Removed { id, left, result, reply } => {
+                let settled = self.released(&id, left, true).await;
+                answer(reply, result.and(settled));
+            }
+            Done::PodStopped { containers, left, remove, result, reply } => {
+                let settled = self.pod_stopped(containers, left, remove).await;
+                answer(reply, result.and(settled));
+            }
+            Done::Reconnected(reconnected) => self.reconnected(*reconnected).await,
+        }
+    }
+
+    async fn created(
+        &mut self,
+        id: &str,
+        config: &v1::ContainerConfig,
+        result: Result<Container, operations::Failed>,
+    ) -> Result<String> {
+        let name = name(config);
+        match result {
+            Ok(mut record) => {
+                if let Some(exit) = self.early.remove(id) {
+                    record.end(exit);
+                }
+                self.names.settle(&name, Settled::Made);
+                self.containers.insert(id.to_string(), Member::new(record));
+                self.publish();
+                self.announce(id, ContainerEventType::ContainerCreatedEvent);
+                Ok(id.to_string())
+            }
+            Err(failed) => {
+                self.early.remove(id);
+                match failed.left {
+                    None => self.names.settle(&name, Settled::Undone),
+                    Some(record) => {
+                        // It stays visible, so that its removal is tried again.
+                        self.names.settle(&name, Settled::Made);
+                        self.containers.insert(id.to_string(), Member::new(*record));
+                        self.publish();
+                    }
+                }
+                Err(failed.error)
+            }
+        }
+    }
+
+    /// Takes over what a release left, and forgets a removed container that left nothing.
+    async fn released(
+        &mut self,
+        id: &str,
+        left: Vec<crate::record::Holding>,
+        remove: bool,
+    ) -> Result<()> {
+        if !(remove && left.is_empty()) {
+            return self.change(id, |c| c.give_back(left)).await;
+        }
+        let key = id.to_string();
+        self.node.write(move |tx| tx.delete(CONTAINERS, &key).map(drop)).await?;
+        if let Some(member) = self.containers.remove(id) {
+            self.names.release(&name(&member.record.config), id);
+            self.node.samples.forget(id);
+            self.publish();
+            self.announce_record(&member.record, ContainerEventType::ContainerDeletedEvent);
+        }
+        Ok(())
+    }
+
+    async fn pod_stopped(
+        &mut self,
+        containers: Vec<(String, Vec<crate::record::Holding>)>,
+        left: Vec<crate::record::Holding>,
+        remove: bool,
+    ) -> Result<()> {
+        let was_ready = std::mem::replace(&mut self.sandbox.ready, false);
+        self.stopping = false;
+        self.monitor = None;
+        let mut outcome = Ok(());
+        for (id, left) in containers {
+            outcome = outcome.and(self.released(&id, left, remove).await);
+        }
+        self.sandbox.holdings = left;
+        if remove && self.sandbox.holdings.is_empty() && self.containers.is_empty() {
+            return outcome.and(self.forget().await);
+        }
+        outcome = outcome.and(self.commit_sandbox().await);
+        if was_ready {
+            self.announce_pod(ContainerEventType::ContainerStoppedEvent);
+        }
+        outcome
+    }
+
+    /// The end of the pod and its actor.
+    async fn forget(&mut self) -> Result<()> {
+        let id = self.sandbox.id.clone();
+        self.node.write(move |tx| tx.delete(SANDBOXES, &id).map(drop)).await?;
+        self.removed = true;
+        self.node.registry.withdraw(&self.sandbox.id);
+        self.node.release_name(&self.sandbox);
+        self.node.samples.forget(&self.sandbox.id);
+        self.announce_pod(ContainerEventType::ContainerDeletedEvent);
+        Ok(())
+    }
+
+    async fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Exited { id, exit } => self.exited(&id, reconnect::exit(&exit)).await,
+            Notice::Oom { id } => tracing::warn!(container = id, "out of memory"),
+            Notice::Lost if self.stopping || !self.sandbox.ready => self.monitor = None,
+            Notice::Lost => {
+                tracing::warn!(pod = self.sandbox.id, "lost the pod's monitor, reconnecting");
+                self.monitor = None;
+                self.publish();
+                let records = self.containers.values().map(|m| m.record.clone()).collect();
+                let work = reconnect::reconnect(
+                    self.node.clone(),
+                    self.sandbox.clone(),
+                    records,
+                    self.notices.clone(),
+                );
+                self.running.push(Box::pin(async move {
+                    (None, Done::Reconnected(Box::new(work.await)))
+                }));
+            }
+        }
+    }
+
+    async fn exited(&mut self, id: &str, exit: Exit) {
+        let Some(member) = self.containers.get_mut(id) else {
+            self.early.insert(id.to_string(), exit);
+            return;
+        };
+        if member.record.exit.is_some() {
+            return;
+        }
+        // What cannot be written now is read from exit.json at the next start.
+        let end = |container: &mut Container| {
+            container.end(exit);
+        };
+        if let Err(error) = self.change(id, end).await {
+            tracing::error!(container = id, error = %error.chain(), "exit not stored");
+        }
+        self.announce(id, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    async fn reconnected(&mut self, reconnected: Reconnected) {
+        for id in reconnected.started {
+            if let Err(error) = self.change(&id, |c| c.start(ids::now())).await {
+                tracing::error!(container = id, error = %error.chain(), "start not stored");
+            }
+        }
+        for (id, exit) in reconnected.ended {
+            self.exited(&id, exit).await;
+        }
+        match reconnected.monitor {
+            Ok(monitor) => self.monitor = Some(monitor),
+            Err(error) => {
+                tracing::error!(pod = self.sandbox.id, error = %error.chain(), "the pod has no monitor");
+                self.sandbox.ready = false;
+                if let Err(error) = self.commit_sandbox().await {
+                    tracing::error!(pod = self.sandbox.id, error = %error.chain(), "pod not stored");
+                }
+            }
+        }
+        self.publish();
+    }
+
+    /// Changes a container's record: in the store, here, and in the view.
+    async fn change(&mut self, id: &str, edit: impl FnOnce(&mut Container)) -> Result<()> {
+        let Some(member) = self.containers.get_mut(id) else {
+            return Err(Error::not_found(format!("container {id}")));
+        };
+        edit(&mut member.record);
+        let record = member.record.clone();
+        let ended = record.exit.is_some();
+        let written = self.node.write(move |tx| tx.put(CONTAINERS, &record.id, &record)).await;
+        if ended && let Some(member) = self.containers.get(id) {
+            member.ended.send_replace(true);
+        }
+        self.publish();
+        written
+    }
+
+    async fn commit_sandbox(&mut self) -> Result<()> {
+        let record = self.sandbox.clone();
+        let written = self.node.write(move |tx| tx.put(SANDBOXES, &record.id, &record)).await;
+        self.publish();
+        written
+    }
+
+    fn view(&self) -> PodView {
+        let containers = self
+            .containers
+            .iter()
+            .map(|(id, member)| (id.clone(), Arc::new(member.record.clone())))
+            .collect();
+        PodView {
+            sandbox: Arc::new(self.sandbox.clone()),
+            containers,
+            monitor: self.monitor.clone(),
+            commands: self.sender.clone(),
+        }
+    }
+
+    fn publish(&self) {
+        self.node.registry.publish(self.view());
+    }
+
+    fn announce(&self, id: &str, what: ContainerEventType) {
+        if let Some(member) = self.containers.get(id) {
+            self.announce_record(&member.record, what);
+        }
+    }
+
+    fn announce_record(&self, container: &Container, what: ContainerEventType) {
+        self.send_event(&container.id, what);
+    }
+
+    fn announce_pod(&self, what: ContainerEventType) {
+        self.send_event(&self.sandbox.id, what);
+    }
+
+    fn send_event(&self, id: &str, what: ContainerEventType) {
+        if self.node.events.wanted() {
+            self.node.events.send(v1::ContainerEventResponse {
+                container_id: id.to_string(),
+                container_event_type: what.into(),
+                created_at: ids::now(),
+                pod_sandbox_status: Some(status::sandbox_status(&self.sandbox)),
+                containers_statuses: status::container_statuses(&self.view()),
+            });
+        }
+    }
+}
+
+fn answer(reply: Reply<()>, result: Result<()>) {
+    // Whoever asked may be gone.
+    let _ = reply.send(result);
+}

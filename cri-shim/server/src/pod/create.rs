@@ -1,0 +1,368 @@
+//! CreateContainer: from a configuration to a container whose process waits for its start.
+//!
+//! image → contract (hugepages in the ledger, with the intent) → root filesystem → OCI
+//! configuration → monitor. Everything it may hold is committed with the intent, so a crash
+//! or an error at any step gives all of it back.
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use pinion_cri_proto::v1::{self, NamespaceMode};
+use pinion_monitor_proto::message;
+use pinion_spec::{Accounts, Built, HostPaths, Inputs, Kind as SpecKind, Settings, SpecError};
+
+use super::operations::{Context, Failed};
+use super::release;
+use crate::contract::{self, Decision, hugepages};
+use crate::error::{Context as _, Error, Kind, Result};
+use crate::ids;
+use crate::images::Foreign as _;
+use crate::intent::{self, CREATE_CONTAINER};
+use crate::paths::ContainerDirectory;
+use crate::record::{CONTAINERS, Container, Exit, Holding, Phase, Sandbox};
+use crate::services::blocking;
+use crate::wire::Wire;
+
+/// Largest `/etc/passwd` or `/etc/group` of an image that is read.
+const ACCOUNTS_LIMIT: u64 = 1 << 20;
+
+/// The spec builder's refusals as ours.
+pub(crate) fn spec_error(error: SpecError) -> Error {
+    let kind = match error.kind {
+        SpecKind::Invalid => Kind::Invalid,
+        SpecKind::Unavailable => Kind::Precondition,
+    };
+    Error::from_foreign(kind, error)
+}
+
+/// Creates a container; on failure everything is given back.
+pub(crate) async fn create(
+    context: &Context,
+    id: &str,
+    config: &v1::ContainerConfig,
+) -> Result<Container, Failed> {
+    let early = |error| Failed { error, left: None };
+    let (planned, decision) = plan(context, id, config).await.map_err(early)?;
+    let (intent, grants) = reserve(context, &planned, &decision).await.map_err(early)?;
+    let decision = decision.with_grants(&grants);
+    let outcome = match steps(context, &planned, &decision).await {
+        Ok(created) => {
+            let (record, intent) = (created.clone(), intent.clone());
+            let written = context.node.write(move |tx| {
+                tx.put(CONTAINERS, &record.id, &record)?;
+                tx.finish_intent(&intent)
+            });
+            written.await.map(|()| created)
+        }
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(created) => Ok(created),
+        Err(error) => Err(undo(context, planned, intent, error).await),
+    }
+}
+
+/// Finds the image, decides the contract, and names all that the container will hold.
+async fn plan(
+    context: &Context,
+    id: &str,
+    config: &v1::ContainerConfig,
+) -> Result<(Container, Decision)> {
+    context.monitor()?;
+    let sandbox = &context.sandbox;
+    let log_path = log_path(sandbox, config)?;
+    let name = config.image.as_ref().map(|i| i.image.clone()).unwrap_or_default();
+    let missing = || Error::not_found(format!("image {name:?} is not on this node; pull it first"));
+    let image = context.node.images.resolve(&name).ok_or_else(missing)?;
+    let decision = contract::decide(&context.node, sandbox, id, config).await?;
+    let container = id.to_string();
+    let mut holdings = vec![Holding::ContainerDirectory { container: container.clone() }];
+    if !decision.demands.is_empty() {
+        holdings.push(Holding::Hugepages { container: container.clone() });
+    }
+    holdings.push(Holding::Rootfs { container: container.clone() });
+    holdings.push(Holding::RuntimeContainer { container: container.clone() });
+    let resources = config.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
+    let record = Container {
+        id: container,
+        pod: sandbox.id.clone(),
+        config: Wire(config.clone()),
+        image_id: image.id,
+        created_at: ids::now(),
+        log_path,
+        resources: Wire(resources),
+        cgroups_path: pinion_spec::cgroups_path(
+            context.node.cgroups.spec_driver(),
+            &sandbox.cgroup_parent,
+            id,
+        )
+        .map_err(spec_error)?,
+        contract: decision.contract.clone(),
+        holdings,
+        ..Default::default()
+    };
+    Ok((record, decision))
+}
+
+/// Where the container's log goes: below the pod's log directory, whatever the request says.
+fn log_path(sandbox: &Sandbox, config: &v1::ContainerConfig) -> Result<PathBuf> {
+    let (directory, file) = (&sandbox.config.log_directory, &config.log_path);
+    if directory.is_empty() || file.is_empty() {
+        return Ok(PathBuf::new());
+    }
+    let plain = |part| matches!(part, std::path::Component::Normal(_));
+    if !Path::new(directory).is_absolute() || !Path::new(file).components().all(plain) {
+        return Err(Error::invalid(format!(
+            "log_path {file:?} is not a path below the pod's log directory {directory:?}"
+        )));
+    }
+    Ok(Path::new(directory).join(file))
+}
+
+/// Commits the intent and, in the same transaction, the hugepages it reserves.
+async fn reserve(
+    context: &Context,
+    planned: &Container,
+    decision: &Decision,
+) -> Result<(String, Vec<pinion_placement::Grant>)> {
+    let step = intent::step(planned)?;
+    let id = planned.id.clone();
+    hugepages::reserve(&context.node, &planned.id, decision, move |tx| {
+        let intent = tx.begin_intent(CREATE_CONTAINER, &id)?;
+        tx.append_step(&intent.id, step)?;
+        Ok(intent.id)
+    })
+    .await
+}
+
+async fn undo(context: &Context, planned: Container, intent: String, error: Error) -> Failed {
+    let (left, result) =
+        release::all(&context.release(), planned.holdings.clone(), |_| true).await;
+    if let Err(undo) = result {
+        tracing::error!(container = planned.id, error = %undo.chain(), "undo failed, the container stays");
+        let mut remains = Container { holdings: left, ..planned };
+        remains.end(Exit {
+            code: 128,
+            finished_at: ids::now(),
+            reason: Some("CreateFailed".into()),
+            message: error.chain(),
+            ..Exit::default()
+        });
+        let record = remains.clone();
+        let written = context.node.write(move |tx| {
+            tx.put(CONTAINERS, &record.id, &record)?;
+            tx.finish_intent(&intent)
+        });
+        if let Err(error) = written.await {
+            tracing::error!(container = remains.id, error = %error.chain(), "undo not stored");
+        }
+        return Failed { error, left: Some(Box::new(remains)) };
+    }
+    if let Err(error) = context.node.write(move |tx| tx.finish_intent(&intent)).await {
+        // The intent is still there: the next start undoes it once more.
+        tracing::error!(container = planned.id, error = %error.chain(), "undo not stored");
+    }
+    Failed { error, left: None }
+}
+
+async fn steps(context: &Context, planned: &Container, decision: &Decision) -> Result<Container> {
+    let (worker, record, decision) = (context.clone(), planned.clone(), decision.clone());
+    let built = blocking(move || prepare(&worker, &record, &decision)).await?;
+    for warning in &built.warnings {
+        tracing::warn!(container = planned.id, warning, "not as asked");
+    }
+    let created = Container {
+        user: Wire(v1::LinuxContainerUser {
+            uid: built.user.uid.into(),
+            gid: built.user.gid.into(),
+            supplemental_groups: built.user.groups.iter().map(|g| i64::from(*g)).collect(),
+        }),
+        stop_signal: built.stop_signal,
+        ..planned.clone()
+    };
+    let node = &context.node;
+    let directory = node.paths.pod(&context.sandbox.id).container(&created.id);
+    let directory = directory.path().to_string_lossy().into_owned();
+    let paths = node.cgroups.container_paths(&created.cgroups_path, &created.id)?;
+    let text = |path: Option<&PathBuf>| {
+        path.map(|p| p.to_string_lossy().into_owned()).unwrap_or_default()
+    };
+    let v2 = node.cgroups.is_v2();
+    context
+        .monitor()?
+        .create(message::Create {
+            id: created.id.clone(),
+            bundle: directory.clone(),
+            directory,
+            log_path: created.log_path.to_string_lossy().into_owned(),
+            terminal: created.config.tty,
+            stdin: created.config.stdin,
+            stdin_once: created.config.stdin_once,
+            max_log_line: node.config.runtime.max_log_line,
+            cgroup: if v2 { text(paths.unified.as_ref()) } else { String::new() },
+            memory_cgroup: if v2 { String::new() } else { text(paths.v1.get("memory")) },
+        })
+        .await?;
+    Ok(created)
+}
+
+/// Directory, root filesystem and `config.json`. Blocks.
+fn prepare(context: &Context, record: &Container, decision: &Decision) -> Result<Built> {
+    let node = &context.node;
+    let directory = node.paths.pod(&context.sandbox.id).container(&record.id);
+    let rootfs = directory.rootfs();
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&rootfs)
+        .context(|| format!("create {}", rootfs.display()))?;
+    if let Some(parent) = record.log_path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        fs::create_dir_all(parent).context(|| format!("create {}", parent.display()))?;
+    }
+    node.images.prepare_rootfs(&record.id, &record.image_id, &rootfs).image_error()?;
+    let built = build(context, record, decision, &rootfs)?;
+    for source in &built.missing_sources {
+        fs::create_dir_all(source).context(|| format!("create {}", source.display()))?;
+    }
+    write_config(&directory, &built.spec)?;
+    Ok(built)
+}
+
+fn build(
+    context: &Context,
+    record: &Container,
+    decision: &Decision,
+    rootfs: &Path,
+) -> Result<Built> {
+    let node = &context.node;
+    let mut sandbox = context.sandbox.config.0.clone();
+    sandbox.linux.get_or_insert_default().cgroup_parent.clone_from(&context.sandbox.cgroup_parent);
+    let image = node.images.config(&record.image_id).image_error()?;
+    let paths = HostPaths::inspect(&record.config)
+        .kind(Kind::Invalid, || "look at the request's host paths".to_string())?;
+    let passwd = read_inside(rootfs, "etc/passwd");
+    let group = read_inside(rootfs, "etc/group");
+    let security = record.config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+    let seccomp = security.and_then(pinion_spec::localhost_seccomp_path);
+    let seccomp = seccomp
+        .map(|path| fs::read(path).kind(Kind::Invalid, || format!("seccomp profile {path}")))
+        .transpose()?;
+    let image_name = record.config.image.as_ref().map_or("", |i| {
+        if i.user_specified_image.is_empty() { &i.image } else { &i.user_specified_image }
+    });
+    let settings = Settings {
+        pids_limit: Some(node.config.runtime.pids_limit).filter(|limit| *limit > 0),
+        ..Settings::default()
+    };
+    let target = target_namespace(context, security)?;
+    pinion_spec::build(&Inputs {
+        container_id: &record.id,
+        sandbox_id: &record.pod,
+        container: &record.config,
+        sandbox: &sandbox,
+        image: image.config().as_ref(),
+        image_name,
+        rootfs,
+        pod: &super::lend(node, &context.sandbox),
+        accounts: Accounts { passwd: passwd.as_deref(), group: group.as_deref() },
+        host: &node.facts,
+        paths: &paths,
+        cgroup_driver: node.cgroups.spec_driver(),
+        target_pid_namespace: target.as_deref(),
+        localhost_seccomp: seccomp.as_deref(),
+        annotations: &decision.annotations,
+        settings: &settings,
+    })
+    .map_err(spec_error)
+}
+
+/// The PID namespace of another container of the same pod, if that is what was asked for.
+fn target_namespace(
+    context: &Context,
+    security: Option<&v1::LinuxContainerSecurityContext>,
+) -> Result<Option<PathBuf>> {
+    let Some(options) = security.and_then(|s| s.namespace_options.as_ref()) else {
+        return Ok(None);
+    };
+    if options.pid() != NamespaceMode::Target {
+        return Ok(None);
+    }
+    let snapshot = context.node.registry.snapshot();
+    let (_, target) = snapshot.container(&options.target_id)?;
+    if target.pod != context.sandbox.id {
+        return Err(Error::invalid(format!("target {} is in another pod", target.id)));
+    }
+    let pid = crate::info::pid(&context.node, target)
+        .filter(|_| target.phase() == Phase::Running)
+        .ok_or_else(|| Error::precondition(format!("target {} is not running", target.id)))?;
+    Ok(Some(format!("/proc/{pid}/ns/pid").into()))
+}
+
+/// A file of an image, opened beneath its root so that no link leads out of it.
+fn read_inside(rootfs: &Path, name: &str) -> Option<Vec<u8>> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
+    use std::io::Read as _;
+    let root =
+        open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let file = openat2(&root, name, flags, Mode::empty(), resolve).ok()?;
+    let file = fs::File::from(file);
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut bytes = Vec::new();
+    file.take(ACCOUNTS_LIMIT).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// Writes a bundle's `config.json`.
+pub(crate) fn write_config(
+    directory: &ContainerDirectory,
+    spec: &oci_spec::runtime::Spec,
+) -> Result<()> {
+    let path = directory.config();
+    let what = || format!("write {}", path.display());
+    let bytes = serde_json::to_vec(spec).context(what)?;
+    pinion_sys::atomic_file::write_volatile(&path, &bytes, 0o600).context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(log_directory: &str) -> Sandbox {
+        let config = v1::PodSandboxConfig { log_directory: log_directory.into(), ..Default::default() };
+        Sandbox { config: Wire(config), ..Default::default() }
+    }
+
+    fn asks(log_path: &str) -> v1::ContainerConfig {
+        v1::ContainerConfig { log_path: log_path.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn logs_stay_below_the_pod_s_log_directory() {
+        let pod = pod("/var/log/pods/p");
+        assert_eq!(log_path(&pod, &asks("c/0.log")).unwrap(), Path::new("/var/log/pods/p/c/0.log"));
+        for bad in ["../x", "/etc/passwd", "a/../../b", "./../x"] {
+            assert!(log_path(&pod, &asks(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn without_a_log_directory_output_is_discarded() {
+        assert_eq!(log_path(&pod(""), &asks("x")).unwrap(), PathBuf::new());
+        assert_eq!(log_path(&pod("/l"), &asks("")).unwrap(), PathBuf::new());
+    }
+
+    #[test]
+    fn a_link_in_an_image_does_not_lead_out_of_it() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        std::os::unix::fs::symlink("/etc/shadow", root.path().join("etc/passwd")).unwrap();
+        assert_eq!(read_inside(root.path(), "etc/passwd"), None);
+        fs::write(root.path().join("etc/group"), "g:x:5:").unwrap();
+        assert_eq!(read_inside(root.path(), "etc/group").unwrap(), b"g:x:5:");
+    }
+}

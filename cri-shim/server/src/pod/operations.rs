@@ -1,0 +1,301 @@
+//! The operations of a pod: what runs while the actor goes on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pinion_cri_proto::v1;
+use tokio::sync::watch;
+
+use super::reconnect::Reconnected;
+use super::release::{self, Release};
+use super::{Reply, create};
+use crate::contract;
+use crate::error::{Error, Kind, Result};
+use crate::monitor::Client;
+use crate::node::Node;
+use crate::record::{Container, Holding, Phase, Sandbox};
+use crate::signals::KILL;
+use crate::ticket::Completion;
+use crate::{ids, resources};
+
+/// How long a container may take to die of SIGKILL. What is in uninterruptible sleep by
+/// then is reported, and the client tries again.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
+
+/// What every operation starts from: copies of the state when it began.
+#[derive(Debug, Clone)]
+pub(crate) struct Context {
+    pub(crate) node: Arc<Node>,
+    pub(crate) sandbox: Sandbox,
+    pub(crate) monitor: Option<Client>,
+}
+
+impl Context {
+    /// The pod's monitor, or an error that says there is none now.
+    pub(crate) fn monitor(&self) -> Result<&Client> {
+        self.monitor.as_ref().ok_or_else(|| {
+            let message = format!("pod sandbox {} has no monitor at the moment", self.sandbox.id);
+            Error::new(Kind::Unavailable, message)
+        })
+    }
+
+    pub(crate) fn release(&self) -> Release {
+        Release {
+            node: self.node.clone(),
+            sandbox: self.sandbox.clone(),
+            monitor: self.monitor.clone(),
+        }
+    }
+}
+
+/// A container as it was when the operation began, and the signal that it has ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Held {
+    pub(crate) record: Container,
+    pub(crate) ended: watch::Receiver<bool>,
+}
+
+impl Held {
+    /// Waits until the container has ended; false if the time was over first.
+    async fn wait(&mut self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.ended.wait_for(|ended| *ended)).await.is_ok()
+    }
+}
+
+/// A creation that failed.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) error: Error,
+    /// What is left of the container, if its undo failed too.
+    pub(crate) left: Option<Box<Container>>,
+}
+
+/// What an operation did; the actor applies it.
+#[derive(Debug)]
+pub(crate) enum Done {
+    Nothing,
+    Created {
+        id: String,
+        config: Box<v1::ContainerConfig>,
+        result: Result<Container, Failed>,
+        completion: Completion<String>,
+    },
+    Started {
+        id: String,
+        /// When.
+        result: Result<i64>,
+        reply: Reply<()>,
+    },
+    /// Nothing to apply.
+    Answered {
+        result: Result<()>,
+        reply: Reply<()>,
+    },
+    Updated {
+        id: String,
+        /// The limits now in force.
+        result: Result<Box<v1::LinuxContainerResources>>,
+        reply: Reply<()>,
+    },
+    PodUpdated {
+        overhead: Option<v1::LinuxContainerResources>,
+        resources: Option<v1::LinuxContainerResources>,
+        reply: Reply<()>,
+    },
+    Removed {
+        id: String,
+        /// What could not be given back.
+        left: Vec<Holding>,
+        result: Result<()>,
+        reply: Reply<()>,
+    },
+    PodStopped {
+        /// What each container still holds.
+        containers: Vec<(String, Vec<Holding>)>,
+        /// What the pod itself still holds.
+        left: Vec<Holding>,
+        /// Whether it was to be removed as well.
+        remove: bool,
+        result: Result<()>,
+        reply: Reply<()>,
+    },
+    Reconnected(Box<Reconnected>),
+}
+
+pub(crate) async fn create(
+    context: Context,
+    id: String,
+    config: Box<v1::ContainerConfig>,
+    completion: Completion<String>,
+) -> Done {
+    let result = create::create(&context, &id, &config).await;
+    Done::Created { id, config, result, completion }
+}
+
+pub(crate) async fn start(
+    context: Context,
+    id: String,
+    member: Result<Held>,
+    reply: Reply<()>,
+) -> Done {
+    let work = async {
+        let record = member?.record;
+        match record.phase() {
+            Phase::Created => {}
+            Phase::Running => return Err(state_error(&record, "is already running")),
+            Phase::Exited => return Err(state_error(&record, "has already exited")),
+        }
+        contract::check_before_start(&context.node, &record).await?;
+        context.monitor()?.start(&id).await?;
+        contract::report_after_start(&context.node, &record);
+        Ok(ids::now())
+    };
+    let result = work.await;
+    Done::Started { id, result, reply }
+}
+
+fn state_error(record: &Container, state: &str) -> Error {
+    Error::precondition(format!("container {} {state}", record.id))
+}
+
+pub(crate) async fn stop(
+    context: Context,
+    member: Result<Held>,
+    grace: Duration,
+    reply: Reply<()>,
+) -> Done {
+    let result = match member {
+        Ok(mut held) => end(&context, &mut held, grace).await,
+        Err(e) => Err(e),
+    };
+    Done::Answered { result, reply }
+}
+
+/// Ends a container: its stop signal, a wait, SIGKILL for every process of it, a wait.
+async fn end(context: &Context, held: &mut Held, grace: Duration) -> Result<()> {
+    if held.record.exit.is_some() || *held.ended.borrow() {
+        return Ok(());
+    }
+    let id = held.record.id.clone();
+    // A container that was never started has nothing that could heed a signal.
+    if !grace.is_zero() && held.record.phase() == Phase::Running {
+        let signal = held.record.stop_signal;
+        tolerate_ended(context.monitor()?.signal(&id, signal, false).await)?;
+        if held.wait(grace).await {
+            return Ok(());
+        }
+    }
+    tolerate_ended(context.monitor()?.signal(&id, KILL, true).await)?;
+    if held.wait(KILL_LIMIT).await {
+        return Ok(());
+    }
+    let message = format!("container {id} is still running {KILL_LIMIT:?} after SIGKILL");
+    Err(Error::new(Kind::Timeout, message))
+}
+
+/// A signal to what has just ended did its work.
+fn tolerate_ended(result: Result<()>) -> Result<()> {
+    match result {
+        Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Precondition) => Ok(()),
+        other => other,
+    }
+}
+
+pub(crate) async fn remove(
+    context: Context,
+    id: String,
+    member: Result<Held>,
+    reply: Reply<()>,
+) -> Done {
+    let (left, result) = match member {
+        Ok(mut held) => give_back(&context, &mut held, |_| true).await,
+        Err(error) => return Done::Answered { result: Err(error), reply },
+    };
+    Done::Removed { id, left, result, reply }
+}
+
+/// Kills a container if it runs, then gives back what `which` names of its holdings.
+async fn give_back(
+    context: &Context,
+    held: &mut Held,
+    which: fn(&Holding) -> bool,
+) -> (Vec<Holding>, Result<()>) {
+    // Without a monitor the release kills by cgroup.
+    if context.monitor.is_some() && let Err(error) = end(context, held, Duration::ZERO).await {
+        return (held.record.holdings.clone(), Err(error));
+    }
+    release::all(&context.release(), held.record.holdings.clone(), which).await
+}
+
+pub(crate) async fn update(
+    context: Context,
+    id: String,
+    member: Result<Held>,
+    change: Box<v1::LinuxContainerResources>,
+    reply: Reply<()>,
+) -> Done {
+    let work = async {
+        let record = member?.record;
+        if record.exit.is_some() {
+            return Err(state_error(&record, "has exited"));
+        }
+        let wanted = resources::merge(&record.resources, &change);
+        contract::check_update(&context.node, &record, &wanted)?;
+        context.node.programs.update(&id, &resources::to_oci(&change)?).await?;
+        Ok(Box::new(wanted))
+    };
+    let result = work.await;
+    Done::Updated { id, result, reply }
+}
+
+pub(crate) async fn reopen_log(
+    context: Context,
+    member: Result<Held>,
+    reply: Reply<()>,
+) -> Done {
+    let work = async {
+        let record = member?.record;
+        if record.phase() != Phase::Running {
+            return Err(state_error(&record, "is not running"));
+        }
+        context.monitor()?.reopen_log(&record.id).await
+    };
+    let result = work.await;
+    Done::Answered { result, reply }
+}
+
+/// Ends every container, then gives back what the pod holds: all of it if it is to be
+/// removed, else what a stopped pod does not need.
+pub(crate) async fn stop_pod(
+    context: Context,
+    members: Vec<Held>,
+    remove: bool,
+    reply: Reply<()>,
+) -> Done {
+    let which: fn(&Holding) -> bool = if remove { |_| true } else { |h| !h.outlives_stop() };
+    let ends = members.into_iter().map(|mut held| {
+        let context = context.clone();
+        async move {
+            let (left, result) = give_back(&context, &mut held, which).await;
+            (held.record.id, left, result)
+        }
+    });
+    let mut containers = Vec::new();
+    let mut outcome = Ok(());
+    for (id, left, result) in futures::future::join_all(ends).await {
+        containers.push((id, left));
+        outcome = outcome.and(result);
+    }
+    // The pod's own things are in use for as long as a container is alive.
+    if outcome.is_err() {
+        let left = context.sandbox.holdings.clone();
+        return Done::PodStopped { containers, left, remove, result: outcome, reply };
+    }
+    let holdings = context.sandbox.holdings.clone();
+    let (left, result) = release::all(&context.release(), holdings, which).await;
+    let result = result.map_err(|error| {
+        let (id, title) = (&context.sandbox.id, context.sandbox.title());
+        Error::new(error.kind(), format!("stop pod sandbox {id} ({title})")).caused_by(error)
+    });
+    Done::PodStopped { containers, left, remove, result, reply }
+}
