@@ -1,0 +1,2 @@
+//! (purpose to be written)
+fn main() {}

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Installs what building and testing need on a Debian machine with Rust. Repeating it is
+# cheap; nothing is installed that is already there.
+#   setup.sh build   a linker and the static target: enough for `make build`
+#   setup.sh demo    and what the virtual node is made of
+#   setup.sh test    and the peers, clients and tools that the tests use
+set -euo pipefail
+want=${1:-test}
+
+packages=(gcc libc6-dev ca-certificates)
+case $want in
+demo | test)
+    packages+=(dpkg-dev zstd xz-utils busybox busybox-static kmod iproute2 iptables
+        containernetworking-plugins)
+    ;;&
+test)
+    packages+=(runc crun containerd podman conmon docker-registry jq strace procps
+        util-linux openssl socat)
+    ;;
+esac
+
+missing=()
+for package in "${packages[@]}"; do
+    dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed ||
+        missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "setup: installing ${missing[*]}"
+    [ "$(id -u)" = 0 ] || { echo "setup: needs root to install packages" >&2; exit 1; }
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -q >/dev/null || true # a broken third-party source must not stop us
+    apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+command -v cargo >/dev/null || { echo "setup: cargo is missing; install Rust 1.90 or newer from rustup" >&2; exit 1; }
+if command -v rustup >/dev/null; then
+    rustup target list --installed | grep -qx x86_64-unknown-linux-musl ||
+        rustup -q target add x86_64-unknown-linux-musl ||
+        echo "setup: no musl target to be had; building statically with glibc instead"
+fi
+
+# critest, crictl and kubelet want a newer Go than bookworm has; any Go from 1.21 on
+# fetches the version that tests/go asks for.
+if [ "$want" = test ] && ! command -v go >/dev/null && [ ! -x /usr/local/go/bin/go ]; then
+    echo "setup: installing Go"
+    suite=$(. /etc/os-release && echo "$VERSION_CODENAME")-backports
+    if ! apt-cache policy golang-go | grep -q "$suite"; then
+        mirror=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources | head -1)
+        echo "deb $mirror $suite main" >/etc/apt/sources.list.d/pinion-backports.list
+        apt-get update -q >/dev/null || true
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -t "$suite" golang-go >/dev/null
+fi

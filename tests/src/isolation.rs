@@ -1,0 +1,259 @@
+//! The isolation contract against a real kernel: what is promised is in force, what cannot
+//! be promised is refused, and no neighbour can break it.
+//!
+//! | case | on a plain runtime |
+//! |---|---|
+//! | a second claimant of a node's pages | both start, one dies with SIGBUS at first touch |
+//! | more pages mapped than granted | SIGBUS where only `.max` is set |
+//! | a neighbour that takes pages first | its pages come from the pinned one's node |
+//! | a restart of the server | grants are forgotten |
+
+use std::fs;
+use std::time::Duration;
+
+use crate::assets::Assets;
+use crate::cri::{Container, Cri, Pod};
+use crate::error::{During, Error, Result, ensure};
+use crate::evidence;
+use crate::image::catalogue;
+use crate::leaks::{self, Snapshot};
+use crate::pinned::{self, Ask, STRICT};
+use crate::server::Kind;
+use crate::site::Site;
+
+const NODE: u32 = 1;
+/// More than half of the node's pool: two such claims cannot both be kept.
+const CLAIM: u64 = 96;
+const EXCLUSIVE: (&str, &str) = ("cpu.pinion.dev/exclusive", "true");
+const CLEANUP: Duration = Duration::from_secs(20);
+
+type Case = (&'static str, fn(&mut Site) -> Result<()>);
+
+const CASES: [Case; 7] = [
+    ("a strict container has its CPUs, memory and hugepages, by the kernel's word", aligned),
+    ("the second claimant of a node's hugepages is refused at create", second_claimant),
+    ("a neighbour that maps first cannot make the pinned container SIGBUS", early_neighbour),
+    ("mapping more hugepages than granted is a clean refusal", over_limit),
+    ("exclusive CPUs that another container owns are refused", taken_cpus),
+    ("a strict container with half a core is refused", half_core),
+    ("grants and partitions survive the death of the server", survives_restart),
+];
+
+/// Runs every case on a machine that can give all of it; elsewhere that is an error.
+pub(crate) fn run(assets: &Assets) -> Result<()> {
+    let topology = evidence::topology()?;
+    ensure(topology.nodes.len() > 1, || "not possible here: one NUMA node only".into())?;
+    let mut site = Site::open(assets, Kind::Piniond)?;
+    {
+        let cri = site.connect()?;
+        site.warm_up(&cri)?;
+    }
+    let before = Snapshot::take();
+    let mut failed = 0;
+    for (name, case) in CASES {
+        let outcome = case(&mut site).and_then(|()| clean(&site, &before));
+        match outcome {
+            Ok(()) => println!("ok      {name}"),
+            Err(error) => {
+                println!("FAILED  {name}: {}", error.chain());
+                failed += 1;
+                // the next case gets a tidy machine or says itself that it did not
+                let _ = clean(&site, &before);
+            }
+        }
+    }
+    println!("{} passed, {failed} failed", CASES.len() - failed);
+    ensure(failed == 0, || format!("{failed} isolation cases failed"))
+}
+
+fn clean(site: &Site, before: &Snapshot) -> Result<()> {
+    site.connect()?.remove_all()?;
+    pinned::remove_kubelet_cgroups();
+    leaks::nothing_since(before, CLEANUP)?;
+    let isolated = evidence::isolated_cpus()?;
+    ensure(isolated.is_empty(), || format!("CPUs {isolated} are still isolated"))
+}
+
+/// A core of node 1, and what kubelet would send for it.
+fn ask(core: usize, hugepages: u64) -> Result<Ask> {
+    let cpus = pinned::whole_core(&evidence::topology()?, NODE, core)?;
+    Ok(Ask { cpus: cpus.to_string(), mems: NODE.to_string(), hugepages })
+}
+
+fn strict_pod(site: &Site, name: &str) -> Result<Pod> {
+    let mut pod = pinned::kubelet_pod(site, name, "")?;
+    pod.handler = STRICT.into();
+    pod.annotations = vec![EXCLUSIVE];
+    Ok(pod)
+}
+
+/// Starts a strict container that holds its pages; its id.
+fn start_pinned(site: &Site, cri: &Cri, name: &str, ask: &Ask) -> Result<String> {
+    let pod = strict_pod(site, name)?;
+    let container = pinned::holder("main", ask)?;
+    let pod_id = cri.run_pod(&pod)?;
+    let id = cri.launch(&pod_id, &pod, &container)?;
+    pinned::wait_for_line(site, cri, (&pod, &container, &id), "numa_maps")?;
+    Ok(id)
+}
+
+/// The refusal of a container; a start is a failure.
+fn refusal(cri: &Cri, pod: &Pod, container: &Container) -> Result<String> {
+    let pod_id = cri.run_pod(pod)?;
+    let outcome = cri.launch(&pod_id, pod, container);
+    cri.remove_pod(&pod_id)?;
+    match outcome {
+        Err(Error::Rpc { code: tonic::Code::FailedPrecondition, message, .. }) => Ok(message),
+        Err(other) => Err(other),
+        Ok(_) => Err(Error::check("it was started")),
+    }
+}
+
+fn names(text: &str, word: &str) -> Result<()> {
+    ensure(text.contains(word), || format!("the refusal does not say {word:?}: {text}"))
+}
+
+/// The process that holds this many pages.
+fn holder_pid(pages: u64) -> Result<u32> {
+    leaks::process_with(&format!("pinion-workload hugepages 2M {pages} hold"))
+        .ok_or_else(|| Error::check("the container has no process"))
+}
+
+fn aligned(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let ask = ask(0, CLAIM)?;
+    let free = evidence::free_hugepages(NODE)?;
+    let id = start_pinned(site, &cri, "aligned", &ask)?;
+    let receipt = cri.receipt(&id)?;
+    ensure(receipt["verdict"] == "aligned", || format!("the receipt says {receipt}"))?;
+    check_kernel(&ask)?;
+    let left = evidence::free_hugepages(NODE)?;
+    ensure(left == free - CLAIM, || format!("{left} pages are free, were {free}"))
+}
+
+/// CPUs, memory and pages of the holder by the kernel's files.
+fn check_kernel(ask: &Ask) -> Result<()> {
+    let pid = holder_pid(ask.hugepages)?;
+    let cgroup = evidence::cgroup_of(pid)?;
+    for (file, wanted) in [
+        ("cpuset.cpus.partition", "isolated"),
+        ("cpuset.cpus.effective", ask.cpus.as_str()),
+        ("cpuset.mems.effective", ask.mems.as_str()),
+    ] {
+        let found = evidence::line(&cgroup.join(file))?;
+        ensure(found == wanted, || format!("{file} is {found:?}, not {wanted:?}"))?;
+    }
+    for file in ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"] {
+        let found = evidence::line(&cgroup.join(file))?;
+        let wanted = (ask.hugepages << 21).to_string();
+        ensure(found == wanted, || format!("{file} is {found}, not {wanted}"))?;
+    }
+    let own = evidence::allowed_cpus(pid)?;
+    ensure(own.to_string() == ask.cpus, || format!("its process may run on {own}"))?;
+    let domains = evidence::scheduling_domains()?;
+    let balanced = own.iter().any(|cpu| domains.get(&cpu).is_none_or(|count| *count > 0));
+    ensure(!balanced, || format!("its CPUs are load-balanced: {domains:?}"))?;
+    let mapped = evidence::mapped_hugepages(pid)?;
+    ensure(mapped.get(&NODE) == Some(&ask.hugepages) && mapped.len() == 1, || {
+        format!("its pages lie on {mapped:?}")
+    })
+}
+
+fn second_claimant(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    start_pinned(site, &cri, "first", &ask(0, CLAIM)?)?;
+    let second =
+        refusal(&cri, &strict_pod(site, "second")?, &pinned::holder("main", &ask(1, CLAIM)?)?)?;
+    names(&second.to_lowercase(), "hugepages")?;
+    // not strict, not exclusive: it would meet SIGBUS all the same, so it is refused too
+    let pod = pinned::kubelet_pod(site, "third", "burstable")?;
+    let claim = Ask { mems: NODE.to_string(), hugepages: CLAIM, ..Ask::default() };
+    refusal(&cri, &pod, &pinned::holder("main", &claim)?)?;
+    check_kernel(&ask(0, CLAIM)?)
+}
+
+/// The pinned container maps and waits; an unpinned neighbour on the same node's CPUs maps
+/// and touches all it may; then the pinned one touches.
+fn early_neighbour(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let gate = site.scratch.path("isolation-gate");
+    let _ = fs::remove_dir_all(&gate);
+    fs::create_dir_all(&gate).during(|| format!("create {}", gate.display()))?;
+    let wanted = ask(0, CLAIM)?;
+    let pod = strict_pod(site, "patient")?;
+    let pages = CLAIM.to_string();
+    let command = ["pinion-workload", "hugepages", "2M", &pages, "map-then", "/gate/open", "hold"];
+    let mut container = Container::new("main", catalogue::WORKLOAD, &command);
+    container.resources = Some(wanted.resources()?);
+    container.mounts.push((gate.clone(), "/gate".into()));
+    let pod_id = cri.run_pod(&pod)?;
+    let id = cri.launch(&pod_id, &pod, &container)?;
+    pinned::wait_for_line(site, &cri, (&pod, &container, &id), "mapped")?;
+
+    let hungry = pinned::kubelet_pod(site, "hungry", "burstable")?;
+    let claim = Ask { cpus: ask(1, 0)?.cpus, mems: String::new(), hugepages: CLAIM };
+    let eater = pinned::holder("main", &claim)?;
+    let hungry_id = cri.run_pod(&hungry)?;
+    match cri.launch(&hungry_id, &hungry, &eater) {
+        // granted: it must then get every page without touching the pinned one's
+        Ok(eater_id) => {
+            pinned::wait_for_line(site, &cri, (&hungry, &eater, &eater_id), "touched")?;
+        }
+        Err(Error::Rpc { code: tonic::Code::FailedPrecondition, .. }) => {}
+        Err(other) => return Err(other),
+    }
+    fs::write(gate.join("open"), "").during(|| "open the gate".into())?;
+    let log = pinned::wait_for_line(site, &cri, (&pod, &container, &id), "numa_maps")?;
+    ensure(log.contains(&format!("N{NODE}={CLAIM}")), || format!("the pinned one says {log}"))
+}
+
+fn over_limit(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let pod = pinned::kubelet_pod(site, "greedy", "burstable")?;
+    let one = Ask { mems: NODE.to_string(), hugepages: 1, ..Ask::default() };
+    let command = ["pinion-workload", "hugepages", "2M", "3"];
+    let mut container = Container::new("main", catalogue::WORKLOAD, &command);
+    container.resources = Some(one.resources()?);
+    let pod_id = cri.run_pod(&pod)?;
+    let id = cri.launch(&pod_id, &pod, &container)?;
+    let status = cri.wait_exited(&id, Duration::from_secs(30))?;
+    let log = site.log(&pod, &container);
+    ensure(status.exit_code == 1 && log.contains("mmap:"), || {
+        format!("it ended with {} and said {log:?}", status.exit_code)
+    })
+}
+
+fn taken_cpus(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    start_pinned(site, &cri, "owner", &ask(0, 8)?)?;
+    let text = refusal(&cri, &strict_pod(site, "thief")?, &pinned::holder("main", &ask(0, 8)?)?)?;
+    names(&text.to_lowercase(), "cpu")?;
+    check_kernel(&ask(0, 8)?)
+}
+
+fn half_core(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let mut half = ask(0, 0)?;
+    half.cpus = half.cpus.split(['-', ',']).next().unwrap_or_default().to_owned();
+    let pod = strict_pod(site, "half")?;
+    let mut container = Container::new("main", catalogue::WORKLOAD, &["sleep", "60"]);
+    container.resources = Some(half.resources()?);
+    let text = refusal(&cri, &pod, &container)?;
+    names(&text.to_lowercase(), "core")
+}
+
+fn survives_restart(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let wanted = ask(0, CLAIM)?;
+    let id = start_pinned(site, &cri, "durable", &wanted)?;
+    drop(cri);
+    site.server.kill()?;
+    site.server.restart()?;
+    let cri = site.connect()?;
+    check_kernel(&wanted)?;
+    let receipt = cri.receipt(&id)?;
+    ensure(receipt["verdict"] == "aligned", || format!("the receipt says {receipt}"))?;
+    let late =
+        refusal(&cri, &strict_pod(site, "late")?, &pinned::holder("main", &ask(1, CLAIM)?)?)?;
+    names(&late.to_lowercase(), "hugepages")
+}

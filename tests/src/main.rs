@@ -1,0 +1,208 @@
+//! `pinion-tests`: everything that proves Pinion, on this machine or in a virtual telco
+//! node.
+
+mod assets;
+mod badinput;
+mod cache;
+mod command;
+mod crash;
+mod cri;
+mod critest;
+mod debian;
+mod demo;
+mod error;
+mod evidence;
+mod image;
+mod isolation;
+mod leaks;
+mod node;
+mod pinned;
+mod server;
+mod site;
+mod suites;
+mod tools;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+use assets::Assets;
+use error::Result;
+
+/// Proves Pinion: suites on this machine and in a virtual telco node.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// CRI conformance.
+    Critest {
+        place: Place,
+        #[command(flatten)]
+        options: critest::Options,
+    },
+    /// The server dies while pods run: nothing is lost, nothing is left behind.
+    Crash {
+        place: Place,
+        #[arg(long, value_enum, default_value = "piniond")]
+        server: server::Kind,
+    },
+    /// Bad input and broken surroundings: clear errors, no leftovers.
+    Badinput {
+        place: Place,
+        #[arg(long, value_enum, default_value = "piniond")]
+        server: server::Kind,
+    },
+    /// The isolation contract against this machine's kernel; wants the virtual node.
+    Isolation,
+    /// A pod with CPUs and hugepages of its own, and one that is refused.
+    Demo { place: Place },
+    /// The suites meant for the inside of the virtual node.
+    Suite,
+    /// Everything.
+    All,
+    /// The virtual telco node.
+    #[command(subcommand)]
+    Node(NodeVerb),
+    /// Builds critest and crictl, and prints where they are.
+    Tools,
+}
+
+/// Where a suite runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Place {
+    /// This machine.
+    Host,
+    /// A fresh virtual node.
+    Node,
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeVerb {
+    /// Fetches and builds what a node boots from.
+    Fetch,
+    /// Runs every suite of the node in a fresh one.
+    Suite,
+    /// Runs a command in a fresh node with Pinion installed; ends with its exit code.
+    Run(NodeRun),
+}
+
+#[derive(Debug, clap::Args)]
+struct NodeRun {
+    /// Take Pinion's binaries from this directory.
+    #[arg(long)]
+    bin_dir: Option<PathBuf>,
+    /// Share this directory with the node, as /mnt/share.
+    #[arg(long)]
+    share: Option<PathBuf>,
+    /// Install critest and crictl too.
+    #[arg(long)]
+    clients: bool,
+    /// Install this program too, in /usr/local/bin.
+    #[arg(long)]
+    program: Vec<PathBuf>,
+    /// MiB of memory, half on each NUMA node.
+    #[arg(long, default_value_t = 4096)]
+    memory: u32,
+    /// Add to the kernel's command line.
+    #[arg(long)]
+    kernel_arg: Vec<String>,
+    /// Seconds the command may take.
+    #[arg(long, default_value_t = 900)]
+    deadline: u64,
+    /// The command.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().verb) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pinion-tests: {}", error.chain());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<ExitCode> {
+    let assets = Assets::open()?;
+    match verb {
+        Verb::Critest { place: Place::Host, options } => critest::run(&assets, &options)?,
+        Verb::Critest { place: Place::Node, options } => {
+            return Ok(exit_code(critest::run_in_node(&assets, &options)?));
+        }
+        Verb::Crash { place: Place::Host, server } => {
+            crash::run(&assets, server, restart_budget(&assets))?;
+        }
+        Verb::Crash { place: Place::Node, server } => {
+            return in_node(&assets, &["crash", "host", "--server", server.name()]);
+        }
+        Verb::Badinput { place: Place::Host, server } => badinput::run(&assets, server)?,
+        Verb::Badinput { place: Place::Node, server } => {
+            return in_node(&assets, &["badinput", "host", "--server", server.name()]);
+        }
+        Verb::Isolation => isolation::run(&assets)?,
+        Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
+        Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
+        Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
+        Verb::Suite => suites::in_node()?,
+        Verb::All => suites::all()?,
+        Verb::Node(NodeVerb::Suite) => return in_node(&assets, &["suite"]),
+        Verb::Node(NodeVerb::Fetch) => {
+            node::fetch(assets.cache()?)?;
+        }
+        Verb::Node(NodeVerb::Run(options)) => {
+            return Ok(exit_code(node::run(&assets, &options.job())?));
+        }
+        Verb::Tools => {
+            for tool in [&tools::CRITEST, &tools::CRICTL] {
+                println!("{}", assets.tool(tool)?.display());
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How long a server with twenty pods may take to answer again: two seconds, and more where
+/// the processor is emulated.
+fn restart_budget(assets: &Assets) -> Duration {
+    Duration::from_secs(if assets.in_node() { 20 } else { 2 })
+}
+
+/// Runs the harness with these arguments in a fresh node.
+fn in_node(assets: &Assets, arguments: &[&str]) -> Result<ExitCode> {
+    let words = ["pinion-tests"].iter().chain(arguments).map(|word| (*word).to_owned());
+    let job = node::Job {
+        command: words.collect(),
+        clients: arguments.contains(&"suite"),
+        deadline: Duration::from_secs(2 * 3600),
+        ..node::Job::default()
+    };
+    Ok(exit_code(node::run(assets, &job)?))
+}
+
+fn exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+impl NodeRun {
+    fn job(self) -> node::Job {
+        node::Job {
+            command: self.command,
+            bin_dir: self.bin_dir,
+            share: self.share,
+            clients: self.clients,
+            programs: self.program,
+            memory: self.memory,
+            kernel_args: self.kernel_arg,
+            deadline: Duration::from_secs(self.deadline),
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Several suites in a row, each in a process of its own, and one line of totals.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use crate::error::{During, Result, ensure};
+
+/// A suite: what it is called, and the harness's arguments for it.
+type Suite = (&'static str, &'static [&'static str]);
+
+/// What runs inside the virtual node.
+const IN_NODE: [Suite; 4] = [
+    ("isolation", &["isolation"]),
+    ("crash", &["crash", "host"]),
+    ("bad input", &["badinput", "host"]),
+    ("critest, conformance", &["critest", "host", "--focus", "Conformance"]),
+];
+
+/// Everything, from a host.
+const ALL: [Suite; 6] = [
+    ("critest on this machine", &["critest", "host"]),
+    ("crash on this machine", &["crash", "host"]),
+    ("bad input on this machine", &["badinput", "host"]),
+    ("demo on this machine", &["demo", "host"]),
+    ("demo in the node", &["demo", "node"]),
+    ("all suites in the node", &["node", "suite"]),
+];
+
+/// Runs what is meant for the inside of the node.
+pub(crate) fn in_node() -> Result<()> {
+    run(&IN_NODE, Vec::new())
+}
+
+/// Runs everything; in a source tree the unit tests too.
+pub(crate) fn all() -> Result<()> {
+    let mut first = Vec::new();
+    if Path::new("Cargo.toml").exists() {
+        let mut cargo = Command::new("cargo");
+        cargo.args(["test", "--release", "--locked", "--workspace"]);
+        first.push(("unit tests", cargo));
+    }
+    run(&ALL, first)
+}
+
+fn run(suites: &[Suite], first: Vec<(&'static str, Command)>) -> Result<()> {
+    let own = std::env::current_exe().during(|| "find this executable".into())?;
+    let ours = suites.iter().map(|(name, arguments)| {
+        let mut command = Command::new(&own);
+        command.args(*arguments);
+        (*name, command)
+    });
+    let mut lines = Vec::new();
+    let mut failed = 0;
+    for (name, mut command) in first.into_iter().chain(ours) {
+        println!("\n════ {name}");
+        let started = Instant::now();
+        let status = command.status().during(|| format!("run the suite {name}"))?;
+        failed += usize::from(!status.success());
+        let verdict = if status.success() { "ok    " } else { "FAILED" };
+        lines.push(format!("{verdict}  {:>5.0} s  {name}", started.elapsed().as_secs_f32()));
+    }
+    println!("\n{}", lines.join("\n"));
+    println!("suites: {} passed, {failed} failed", lines.len() - failed);
+    ensure(failed == 0, || format!("{failed} suites failed"))
+}
