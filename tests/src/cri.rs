@@ -186,8 +186,9 @@ impl Cri {
             }
         });
         if self.trace {
-            let verdict =
-                answer.as_ref().map_or_else(|status| status.code().to_string(), |_| "ok".into());
+            let verdict = answer
+                .as_ref()
+                .map_or_else(|status| format!("{:?}", status.code()), |_| "ok".into());
             println!("  {:>8.1} ms  {what}  {verdict}", started.elapsed().as_secs_f64() * 1e3);
         }
         answer.map(Response::into_inner).map_err(|status| Error::Rpc {

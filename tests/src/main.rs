@@ -3,6 +3,7 @@
 
 mod assets;
 mod badinput;
+mod bench;
 mod cache;
 mod command;
 mod crash;
@@ -65,13 +66,20 @@ enum Verb {
     Demo { place: Place },
     /// The suites meant for the inside of the virtual node.
     Suite,
+    /// Benchmarks that need servers.
+    #[command(subcommand)]
+    Bench(BenchVerb),
     /// Everything.
     All,
     /// The virtual telco node.
     #[command(subcommand)]
     Node(NodeVerb),
     /// Builds critest and crictl, and prints where they are.
-    Tools,
+    Tools {
+        /// Builds kubelet too, which takes minutes.
+        #[arg(long)]
+        kubelet: bool,
+    },
 }
 
 /// Where a suite runs.
@@ -81,6 +89,16 @@ enum Place {
     Host,
     /// A fresh virtual node.
     Node,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchVerb {
+    /// Pods through piniond and containerd, side by side.
+    Cri {
+        /// Further arguments of `pinion-bench cri`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -152,6 +170,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
         Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
         Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
+        Verb::Bench(BenchVerb::Cri { arguments }) => bench::cri(&assets, &arguments)?,
         Verb::Suite => suites::in_node()?,
         Verb::All => suites::all()?,
         Verb::Node(NodeVerb::Suite) => return in_node(&assets, &["suite"]),
@@ -161,9 +180,11 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Node(NodeVerb::Run(options)) => {
             return Ok(exit_code(node::run(&assets, &options.job())?));
         }
-        Verb::Tools => {
-            for tool in [&tools::CRITEST, &tools::CRICTL] {
-                println!("{}", assets.tool(tool)?.display());
+        Verb::Tools { kubelet } => {
+            let mut wanted = vec![tools::CRITEST, tools::CRICTL];
+            wanted.extend(kubelet.then_some(tools::KUBELET));
+            for tool in wanted {
+                println!("{}", assets.tool(&tool)?.display());
             }
         }
     }

@@ -30,6 +30,11 @@ impl Kind {
             Kind::Containerd => "containerd",
         }
     }
+
+    /// The bridge of its pods. CNI plugins make it and keep it.
+    pub(crate) fn bridge(self) -> String {
+        format!("pintest{}", self as u8)
+    }
 }
 
 /// The directories a server runs in. They are removed with this value, mounts first.
@@ -42,7 +47,8 @@ impl Scratch {
     /// A fresh set of directories.
     pub(crate) fn new() -> Result<Self> {
         let dir = tempfile::Builder::new()
-            .prefix("pinion-test-")
+            // short: a unix socket below it, with a 64-digit id in its path, has 107 bytes
+            .prefix("pin-")
             .tempdir()
             .during(|| "make a scratch directory".into())?;
         let scratch = Self { dir };
@@ -58,19 +64,21 @@ impl Scratch {
         self.dir.path().join(name)
     }
 
-    /// A CNI network: a bridge with addresses, masquerading and host ports.
-    pub(crate) fn write_network(&self) -> Result<()> {
+    /// A CNI network: a bridge with addresses, masquerading and host ports. Each kind of
+    /// server has its own, so that two may run side by side.
+    pub(crate) fn write_network(&self, kind: Kind) -> Result<()> {
+        let number = kind as u8;
         let list = json!({
             "cniVersion": "1.0.0",
-            "name": "pinion-test",
+            "name": format!("pinion-test-{}", kind.name()),
             "plugins": [
                 {
-                    "type": "bridge", "bridge": "pintest0", "isGateway": true, "ipMasq": true,
-                    "hairpinMode": true,
+                    "type": "bridge", "bridge": kind.bridge(), "isGateway": true,
+                    "ipMasq": true, "hairpinMode": true,
                     "ipam": {
                         "type": "host-local",
                         "dataDir": self.path("cni/leases"),
-                        "ranges": [[{ "subnet": "10.219.0.0/16" }]],
+                        "ranges": [[{ "subnet": format!("10.{}.0.0/16", 218 + number) }]],
                         "routes": [{ "dst": "0.0.0.0/0" }],
                     },
                 },
@@ -206,8 +214,8 @@ fn piniond_config(scratch: &Scratch, cni: &Path) -> (PathBuf, String) {
     let socket = scratch.path("run/piniond.sock");
     let path = |name: &str| scratch.path(name).display().to_string();
     let text = format!(
-        "[server]\nroot = {:?}\nrun_dir = {:?}\n\n[log]\nlevel = \"debug\"\n\n\
-         [runtime]\ncgroup_driver = \"cgroupfs\"\n\n[image]\nregistry_config = {:?}\n\n\
+        "[server]\nroot = {:?}\nrun_dir = {:?}\n\n[log]\nlevel = \"info\"\n\n\
+         [runtime]\ncgroup_driver = \"cgroupfs\"\n\n[image]\nregistry_configs = [{:?}]\n\n\
          [network]\nconf_dir = {:?}\nbin_dirs = [{:?}]\ncache_dir = {:?}\n",
         path("root"),
         path("run"),

@@ -1,8 +1,10 @@
 //! A place for a suite: registry, network and server in directories of their own.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use crate::assets::Assets;
+use crate::command;
 use crate::cri::{Container, Cri, Pod};
 use crate::error::{During, Result};
 use crate::image::{catalogue, registry::Registry};
@@ -29,7 +31,7 @@ impl Site {
     pub(crate) fn over(assets: &Assets, kind: Kind, scratch: Scratch) -> Result<Self> {
         let registry = assets.registry(&scratch.path("logs"))?;
         registry.write_mirrors(&scratch.path("certs.d"))?;
-        scratch.write_network()?;
+        scratch.write_network(kind)?;
         let server = Server::start(kind, assets, &scratch)?;
         Ok(Self { server, _registry: registry, scratch })
     }
@@ -68,11 +70,14 @@ impl Site {
 }
 
 impl Drop for Site {
-    /// Removes what a failed suite left, while there is still a server to do it.
+    /// Removes what a failed suite left, while there is still a server to do it, and the
+    /// bridge that the plugins keep.
     fn drop(&mut self) {
         let removed = self.connect().and_then(|cri| cri.remove_all());
         if let Err(error) = removed {
             eprintln!("could not remove all pods: {}", error.chain());
         }
+        let bridge = self.server.kind().bridge();
+        let _ = command::run(Command::new("ip").args(["link", "delete", &bridge]));
     }
 }

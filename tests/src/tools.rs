@@ -57,6 +57,19 @@ pub(crate) const CRICTL: Tool = Tool {
     test: false,
 };
 
+/// Kubernetes' node agent.
+pub(crate) const KUBELET: Tool = Tool {
+    name: "kubelet",
+    module: Module {
+        name: "kubelet",
+        go_mod: include_str!("../go/kubelet/go.mod"),
+        go_sum: include_str!("../go/kubelet/go.sum"),
+        version: ("k8s.io/kubernetes", "k8s.io/component-base/version.gitVersion"),
+    },
+    package: "k8s.io/kubernetes/cmd/kubelet",
+    test: false,
+};
+
 /// The path of a tool, built on first use.
 pub(crate) fn build(cache: &Cache, tool: &Tool) -> Result<PathBuf> {
     let program = cache.path("bin").join(tool.name);
@@ -94,7 +107,7 @@ fn version_flag(module: &Module) -> String {
     let (path, variable) = module.version;
     let version = module.go_mod.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip_while(|word| *word != path).skip(1);
-        words.next()?.strip_prefix('v').map(str::to_owned)
+        words.next().filter(|word| word.starts_with('v'))
     });
     version.map(|version| format!("-X {variable}={version}")).unwrap_or_default()
 }
@@ -120,6 +133,7 @@ mod tests {
 
     #[test]
     fn the_version_stamped_is_the_one_that_go_mod_pins() {
-        assert!(version_flag(&CRI_TOOLS_MODULE).ends_with("version.Version=1.36.0"));
+        assert!(version_flag(&KUBELET.module).contains("gitVersion=v1.36."));
+        assert!(version_flag(&CRI_TOOLS_MODULE).ends_with("version.Version=v1.36.0"));
     }
 }

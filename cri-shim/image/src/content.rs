@@ -131,7 +131,7 @@ impl Check {
     pub(crate) fn update(&mut self, bytes: &[u8]) -> Result<()> {
         self.seen += bytes.len() as u64;
         if self.seen > self.size {
-            return Err(self.wrong_size("more".to_owned()));
+            return Err(self.wrong_size("more"));
         }
         self.hasher.update(bytes);
         Ok(())
@@ -139,7 +139,7 @@ impl Check {
 
     pub(crate) fn finish(self, expected: &Digest) -> Result<()> {
         if self.seen != self.size {
-            return Err(self.wrong_size(self.seen.to_string()));
+            return Err(self.wrong_size(&self.seen.to_string()));
         }
         let actual = Digest::of_hasher(self.hasher);
         if actual == *expected {
@@ -149,7 +149,7 @@ impl Check {
         Err(Error::Mismatch { what: self.what, expected, actual })
     }
 
-    fn wrong_size(&self, actual: String) -> Error {
+    fn wrong_size(&self, actual: &str) -> Error {
         let expected = format!("{} bytes", self.size);
         Error::Mismatch { what: self.what.clone(), expected, actual: format!("{actual} bytes") }
     }

@@ -18,9 +18,11 @@ use crate::{Error, error::Result};
 
 type Landing<V> = Shared<BoxFuture<'static, Result<V, Arc<Error>>>>;
 
+type UnderWay<K, V, S> = Mutex<HashMap<K, (Landing<V>, S)>>;
+
 /// Work under way, by key. `S` is what joining callers share with it besides the result.
 pub(crate) struct Flights<K, V, S = ()> {
-    under_way: Arc<Mutex<HashMap<K, (Landing<V>, S)>>>,
+    under_way: Arc<UnderWay<K, V, S>>,
 }
 
 /// A seat in a flight: await [`Seat::landing`].
@@ -75,7 +77,7 @@ where
 
 /// Takes a finished flight off the list.
 struct Departure<K: Eq + Hash, V, S> {
-    done: Arc<Mutex<HashMap<K, (Landing<V>, S)>>>,
+    done: Arc<UnderWay<K, V, S>>,
     key: K,
 }
 

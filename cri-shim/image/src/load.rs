@@ -69,7 +69,7 @@ impl Inner {
         }
         let mut loaded = Vec::new();
         for candidate in candidates {
-            loaded.push(self.load_one(path, &mut source, candidate, name, lease)?);
+            loaded.push(self.load_one(path, &mut source, &candidate, name, lease)?);
         }
         Ok(loaded)
     }
@@ -78,7 +78,7 @@ impl Inner {
         &self,
         path: &Path,
         source: &mut Source,
-        candidate: Candidate,
+        candidate: &Candidate,
         name: Option<&Reference>,
         lease: &mut Lease,
     ) -> Result<ImageRecord> {

@@ -1,7 +1,7 @@
 //! Mounting a stack of layers with overlayfs.
 //!
-//! First by the new mount API, one `lowerdir+` per layer (Linux 6.5), where no character in a path
-//! can turn into an option; else by mount(2) with names relative to the layers' directory, which
+//! First by the new mount API, one `lowerdir+` per layer (Linux 6.5), where no comma or colon
+//! in a path can turn into an option; else by mount(2) with names relative to the layers' directory, which
 //! are plain hexadecimal digits, from a thread that has a working directory of its own.
 
 use std::{
@@ -69,6 +69,10 @@ fn by_new_api(stack: &Stack, target: &Path) -> Result<(), (String, Errno)> {
     let set = |key: &str, value: &Path| {
         if value.as_os_str().len() >= MAX_FSCONFIG {
             return Err((format!("fsconfig {key}"), Errno::NAMETOOLONG));
+        }
+        // Whether a backslash escapes depends on the option and the kernel; mount(2) is clear.
+        if value.as_os_str().as_bytes().contains(&b'\\') {
+            return Err((format!("fsconfig {key}"), Errno::INVAL));
         }
         fsconfig_set_string(context.as_fd(), key, value)
             .map_err(|errno| (format!("fsconfig {key}={}", value.display()), errno))

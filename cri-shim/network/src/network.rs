@@ -236,7 +236,7 @@ impl Network {
             return Ok(());
         }
         let executor = &self.shared.executor;
-        Chain { executor, pod: &pod.sandbox_id, record: &*record }.check().await
+        Chain { executor, pod: &pod.sandbox_id, record: &record }.check().await
     }
 
     /// What a pod got, from its record: for a server that has lost its own.

@@ -26,7 +26,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::node::{Node, Parts};
 use crate::paths::Paths;
 use crate::programs::Programs;
-use crate::services::{AdminApi, ImageApi, MAX_MESSAGE, RuntimeApi};
+use crate::services::{AdminApi, DeadlineLayer, ImageApi, MAX_MESSAGE, RuntimeApi};
 use crate::{logging, recovery};
 
 /// Event loop threads: the work is in the monitors and in blocking calls, not here.
@@ -153,6 +153,7 @@ async fn serve(node: Arc<Node>, began: Instant) -> Result<()> {
     let serving = Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADERS)
+        .layer(DeadlineLayer)
         .add_service(runtime)
         .add_service(image)
         .add_service(admin)

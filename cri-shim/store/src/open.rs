@@ -63,10 +63,12 @@ impl Store {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(|e| file_error("create directory", dir, e))?;
         }
+        create_whole(path)?;
         let (database, quarantined) = match open_verified(path)? {
             Verdict::Sound(database) => (database, None),
             Verdict::Damaged => {
                 let aside = set_file_aside(path)?;
+                create_whole(path)?;
                 match open_verified(path)? {
                     Verdict::Sound(database) => (database, Some(aside)),
                     Verdict::Damaged => {
@@ -194,6 +196,35 @@ fn open_for_reading<R>(
     }
 }
 
+/// Puts an initialised database where there is none. It is built under another name, because a
+/// crash during initialisation leaves a file that looks damaged although it never held anything.
+fn create_whole(path: &Path) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(file) if file.len() > 0 => return Ok(()),
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(file_error("look at", path, e)),
+    }
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let new = PathBuf::from(name);
+    if let Verdict::Damaged = open_verified(&new)? {
+        fs::remove_file(&new).map_err(|e| file_error("delete", &new, e))?;
+        open_verified(&new)?;
+    }
+    fs::rename(&new, path).map_err(|e| file_error("rename", &new, e))?;
+    sync_parent(path)
+}
+
+fn sync_parent(path: &Path) -> Result<()> {
+    match path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        Some(dir) => {
+            File::open(dir).and_then(|d| d.sync_all()).map_err(|e| file_error("sync", dir, e))
+        }
+        None => Ok(()),
+    }
+}
+
 enum Verdict {
     Sound(Database),
     Damaged,
@@ -276,9 +307,7 @@ fn set_file_aside(path: &Path) -> Result<PathBuf> {
         .find(|candidate| !candidate.exists())
         .unwrap_or_else(|| PathBuf::from(&base));
     fs::rename(path, &aside).map_err(|e| file_error("rename", path, e))?;
-    if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-        File::open(dir).and_then(|d| d.sync_all()).map_err(|e| file_error("sync", dir, e))?;
-    }
+    sync_parent(path)?;
     Ok(aside)
 }
 

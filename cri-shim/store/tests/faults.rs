@@ -1,5 +1,7 @@
 //! Damaged files, foreign files, newer files and full disks.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed test panics")]
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -52,6 +54,18 @@ fn an_empty_file_is_a_new_store() {
     fs::create_dir(dir.path().join("sub")).unwrap();
     fs::write(&path, b"").unwrap();
     assert_eq!(opens_whatever_it_holds(&path), None);
+}
+
+#[test]
+fn a_creation_cut_short_is_started_over_without_alarm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.redb");
+    for remains in [&b""[..], &[0; 4096], &[0xa5; 100_000]] {
+        fs::write(dir.path().join("store.redb.new"), remains).unwrap();
+        assert_eq!(opens_whatever_it_holds(&path), None);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        fs::remove_file(&path).unwrap();
+    }
 }
 
 #[test]

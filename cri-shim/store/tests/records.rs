@@ -1,5 +1,7 @@
 //! Records, transactions and intents, compared with a plain map over reopenings.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed test panics")]
+
 use std::collections::BTreeMap;
 
 use pinion_store::{Error, INTENTS, Intent, Store, Table};

@@ -12,7 +12,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let started = Instant::now();
     let program = pinion_seccomp::compile(&profile)?;
     let compiled = started.elapsed();
-    for _ in 0..5 { let t=Instant::now(); let _=pinion_seccomp::compile(&profile)?; println!("again {}", t.elapsed().as_micros()); }
     let started = Instant::now();
     pinion_sys::seccomp::load(&program.instructions, program.flags)?;
     println!(

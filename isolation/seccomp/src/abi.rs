@@ -20,8 +20,9 @@ const X32_OWN: [u32; 36] = [
 ];
 const X32_OWN_FIRST: u32 = 512;
 
-/// Arm's private calls (`cacheflush`, `set_tls` ...) are numbered far from the others.
-const ARM_PRIVATE: usize = 0xF_0000;
+/// Arm's private calls (`arch/arm/include/uapi/asm/unistd.h`), numbered from here on.
+const ARM_PRIVATE: [&str; 6] = ["breakpoint", "cacheflush", "usr26", "usr32", "set_tls", "get_tls"];
+const ARM_PRIVATE_FIRST: u32 = 0xF_0001;
 
 /// A way of entering the kernel with its own numbering of system calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,36 +97,50 @@ impl Abi {
         matches!(self, Self::X32 | Self::X86 | Self::Arm)
     }
 
-    /// The number in `seccomp_data.nr` for a syscall name. Slow: for many names go through
-    /// [`Self::calls`] once.
+    /// The number in `seccomp_data.nr` for a syscall name. Slow: for many names walk the
+    /// table once with [`Self::each_call`].
     #[must_use]
     pub fn number(self, name: &str) -> Option<u32> {
-        self.calls().into_iter().find(|(known, _)| *known == name).map(|(_, number)| number)
+        let mut found = None;
+        self.each_call(&mut |known, number| {
+            if known == name {
+                found = Some(number);
+            }
+        });
+        found
     }
 
-    /// Every system call by name and number.
-    pub(crate) fn calls(self) -> Vec<(&'static str, u32)> {
-        macro_rules! table {
+    /// Visits every system call, by ascending number.
+    pub(crate) fn each_call(self, visit: &mut dyn FnMut(&'static str, u32)) {
+        macro_rules! walk {
             ($arch:ident, $numbers:expr) => {
-                $numbers
-                    .filter_map(syscalls::$arch::Sysno::new)
-                    .map(|call| (call.name(), call.id() as u32))
-                    .collect()
+                for call in $numbers.filter_map(syscalls::$arch::Sysno::new) {
+                    visit(call.name(), call.id() as u32);
+                }
             };
         }
         match self {
-            Self::X86_64 => table!(x86_64, 0..TABLE_END),
-            Self::X86 => table!(x86, 0..TABLE_END),
-            Self::Aarch64 => table!(aarch64, 0..TABLE_END),
-            Self::Riscv64 => table!(riscv64, 0..TABLE_END),
-            Self::Arm => table!(arm, (0..TABLE_END).chain(ARM_PRIVATE..ARM_PRIVATE + 16)),
-            Self::X32 => {
-                let mut calls = Self::X86_64.calls();
-                for (_, number) in &mut calls {
-                    let own = X32_OWN.iter().zip(X32_OWN_FIRST..).find(|(own, _)| *own == number);
-                    *number = own.map_or(*number, |(_, own)| own) | X32_BIT;
+            Self::X86_64 => walk!(x86_64, 0..TABLE_END),
+            Self::X86 => walk!(x86, 0..TABLE_END),
+            Self::Aarch64 => walk!(aarch64, 0..TABLE_END),
+            Self::Riscv64 => walk!(riscv64, 0..TABLE_END),
+            Self::Arm => {
+                walk!(arm, 0..TABLE_END);
+                for (name, number) in ARM_PRIVATE.iter().zip(ARM_PRIVATE_FIRST..) {
+                    visit(name, number);
                 }
-                calls
+            }
+            Self::X32 => {
+                Self::X86_64.each_call(&mut |name, number| {
+                    if !X32_OWN.contains(&number) {
+                        visit(name, number | X32_BIT);
+                    }
+                });
+                for (native, own) in X32_OWN.iter().zip(X32_OWN_FIRST..) {
+                    if let Some(call) = syscalls::x86_64::Sysno::new(*native as usize) {
+                        visit(call.name(), own | X32_BIT);
+                    }
+                }
             }
         }
     }

@@ -57,8 +57,8 @@ struct Label(usize);
 struct Assembler {
     /// The program, last instruction first.
     reversed: Vec<sock_filter>,
-    /// The nearest return of each value.
-    returns: HashMap<Action, Label>,
+    /// The nearest return of each value; there are only a few.
+    returns: Vec<(Action, Label)>,
 }
 
 impl Assembler {
@@ -90,7 +90,8 @@ impl Assembler {
         let target = self.reversed[label.0];
         if target.code == RETURN {
             let near = self.push(RETURN, 0, 0, target.k);
-            self.returns.insert(target.k, near);
+            self.returns.retain(|(action, _)| *action != target.k);
+            self.returns.push((target.k, near));
             near
         } else {
             self.push(JUMP, 0, 0, distance as u32)
@@ -98,14 +99,12 @@ impl Assembler {
     }
 
     fn returning(&mut self, action: Action) -> Label {
-        match self.returns.get(&action) {
-            Some(label) => *label,
-            None => {
-                let label = self.push(RETURN, 0, 0, action);
-                self.returns.insert(action, label);
-                label
-            }
+        if let Some((_, label)) = self.returns.iter().find(|(known, _)| *known == action) {
+            return *label;
         }
+        let label = self.push(RETURN, 0, 0, action);
+        self.returns.push((action, label));
+        label
     }
 
     fn branch(&mut self, code: u16, k: u32, yes: Label, no: Label) -> Label {

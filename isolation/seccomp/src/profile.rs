@@ -1,6 +1,6 @@
 //! From the profile's names to what each ABI does with each syscall number.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator, LinuxSyscall,
@@ -8,6 +8,7 @@ use oci_spec::runtime::{
 
 use crate::Error;
 use crate::abi::Abi;
+use crate::ranges::Runs;
 
 /// A value a filter returns: `SECCOMP_RET_*` with its data.
 pub(crate) type Action = u32;
@@ -25,7 +26,8 @@ pub(crate) struct Policy {
 #[derive(Debug)]
 pub(crate) struct Table {
     pub(crate) abi: Abi,
-    pub(crate) fates: BTreeMap<u32, Fate>,
+    /// What differs from the default action.
+    pub(crate) runs: Runs,
     /// Numbers above this one answer `ENOSYS`.
     pub(crate) last_known: Option<u32>,
 }
@@ -78,15 +80,7 @@ pub(crate) fn resolve(native: Abi, profile: &LinuxSeccomp) -> Result<Policy, Err
         check(syscall)?;
     }
 
-    // The profile is indexed once, and each ABI's table walked once: looking every name up in
-    // every table would cost more than loading the filter.
-    let mut index: HashMap<&str, Vec<&LinuxSyscall>> = HashMap::new();
-    for syscall in syscalls {
-        for name in syscall.names() {
-            index.entry(name).or_default().push(syscall);
-        }
-    }
-
+    let index = Index::new(syscalls);
     let listed: Vec<Abi> = profile
         .architectures()
         .iter()
@@ -112,7 +106,7 @@ pub(crate) fn resolve(native: Abi, profile: &LinuxSeccomp) -> Result<Policy, Err
             table
         })
         .collect();
-    let notifies = tables.iter().flat_map(|table| table.fates.values()).any(Fate::notifies);
+    let notifies = tables.iter().flat_map(|table| &table.runs.0).any(|run| run.fate.notifies());
     Ok(Policy { default, tables, notifies })
 }
 
@@ -171,34 +165,62 @@ pub(crate) fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Action {
     }
 }
 
-fn table(abi: Abi, index: &HashMap<&str, Vec<&LinuxSyscall>>, default: Action) -> Table {
-    let mut fates = BTreeMap::new();
-    let mut last_known = None;
-    for (name, number) in abi.calls() {
-        for syscall in index.get(name).into_iter().flatten() {
-            last_known = last_known.max(Some(number));
-            let action = action(syscall.action(), syscall.errno_ret());
-            if action != default {
-                add(&mut fates, number, action, &alternatives(abi, syscall, action));
+/// The entries that mention a name, in the profile's order. Built once: looking every name
+/// up in every ABI's table would cost more than loading the filter.
+struct Index<'a>(HashMap<&'a str, (&'a LinuxSyscall, Vec<&'a LinuxSyscall>)>);
+
+impl<'a> Index<'a> {
+    fn new(syscalls: &'a [LinuxSyscall]) -> Self {
+        let names = syscalls.iter().map(|syscall| syscall.names().len()).sum();
+        let mut index = HashMap::with_capacity(names);
+        for syscall in syscalls {
+            for name in syscall.names() {
+                index
+                    .entry(name.as_str())
+                    .and_modify(|(_, more): &mut (_, Vec<_>)| more.push(syscall))
+                    .or_insert((syscall, Vec::new()));
             }
         }
+        Self(index)
     }
-    // Number 0 alone says nothing about the profile's age.
-    Table { abi, fates, last_known: last_known.filter(|last| *last != 0) }
+
+    fn of(&self, name: &str) -> impl Iterator<Item = &'a LinuxSyscall> {
+        let entry = self.0.get(name);
+        entry.into_iter().flat_map(|(first, more)| std::iter::once(first).chain(more)).copied()
+    }
 }
 
-/// Adds one rule set to a number: an unconditional rule replaces conditional ones and is
+fn table(abi: Abi, index: &Index<'_>, default: Action) -> Table {
+    let mut runs = Runs::default();
+    let mut last_known = None;
+    abi.each_call(&mut |name, number| {
+        let mut fate = None;
+        for syscall in index.of(name) {
+            last_known = Some(number);
+            let action = action(syscall.action(), syscall.errno_ret());
+            if action != default {
+                fate = Some(combine(fate.take(), action, alternatives(abi, syscall, action)));
+            }
+        }
+        if let Some(fate) = fate {
+            runs.push(number, number, fate);
+        }
+    });
+    // Number 0 alone says nothing about the profile's age.
+    Table { abi, runs, last_known: last_known.filter(|last| *last != 0) }
+}
+
+/// One more entry for the same number: an unconditional one replaces conditional ones and is
 /// never replaced.
-fn add(fates: &mut BTreeMap<u32, Fate>, number: u32, action: Action, rules: &[Rule]) {
-    match fates.get_mut(&number) {
-        Some(Fate::Always(_)) => {}
-        Some(Fate::Depends(existing)) if !rules.is_empty() => existing.extend_from_slice(rules),
-        Some(Fate::Depends(_)) | None if rules.is_empty() => {
-            fates.insert(number, Fate::Always(action));
+fn combine(fate: Option<Fate>, action: Action, rules: Vec<Rule>) -> Fate {
+    match fate {
+        Some(Fate::Always(first)) => Fate::Always(first),
+        _ if rules.is_empty() => Fate::Always(action),
+        Some(Fate::Depends(mut existing)) => {
+            existing.extend(rules);
+            Fate::Depends(existing)
         }
-        Some(Fate::Depends(_)) | None => {
-            fates.insert(number, Fate::Depends(rules.to_vec()));
-        }
+        None => Fate::Depends(rules),
     }
 }
 

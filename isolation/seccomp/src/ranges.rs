@@ -37,27 +37,29 @@ pub(crate) fn by_architecture(policy: &Policy) -> Vec<(u32, Vec<Run>)> {
     sections
 }
 
-#[derive(Default)]
-struct Runs(Vec<Run>);
+/// Runs by ascending number.
+#[derive(Debug, Default)]
+pub(crate) struct Runs(pub(crate) Vec<Run>);
 
 impl Runs {
-    /// Appends `low..=high`, merging with the run before when it ends the same way.
-    fn push(&mut self, low: u32, high: u32, fate: Fate) {
+    /// Appends `low..=high`, merging with the run before when that ends just below and in
+    /// the same way.
+    pub(crate) fn push(&mut self, low: u32, high: u32, fate: Fate) {
         match self.0.last_mut() {
-            Some(last) if last.fate == fate => last.high = high,
+            Some(last) if last.fate == fate && last.high + 1 == low => last.high = high,
             _ => self.0.push(Run { low, high, fate }),
         }
     }
 
-    /// Appends everything one table says about `low..=high`.
+    /// Appends everything one table says about `low..=high`, without gaps.
     fn table(&mut self, table: &Table, default: Action, low: u32, high: u32) {
         let mut next = low;
-        for (number, fate) in table.fates.range(low..=high) {
-            if *number > next {
-                self.push(next, number - 1, Fate::Always(default));
+        for run in &table.runs.0 {
+            if run.low > next {
+                self.push(next, run.low - 1, Fate::Always(default));
             }
-            self.push(*number, *number, fate.clone());
-            next = number + 1;
+            self.push(run.low, run.high, run.fate.clone());
+            next = run.high + 1;
         }
         match table.last_known {
             Some(last) if last < high => {

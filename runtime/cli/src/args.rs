@@ -41,7 +41,7 @@ pub(crate) struct Global {
     #[arg(long, global = true)]
     pub(crate) systemd_cgroup: bool,
     /// Accepted for compatibility: true, false or auto
-    #[arg(long, global = true, value_name = "WHEN", hide = true)]
+    #[arg(id = "rootless-mode", long = "rootless", value_name = "WHEN", hide = true)]
     rootless: Option<String>,
     /// Accepted for compatibility
     #[arg(long, global = true, value_name = "PATH", hide = true)]

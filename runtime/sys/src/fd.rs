@@ -41,6 +41,46 @@ fn cloexec_by_listing(first: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor that is not in `keep`.
+///
+/// For a process that was just copied and will never run the destructors of the values it
+/// was copied with: what they own in the copy is closed here, so that neither locks nor the
+/// far ends of sockets nor directories of the host live on in it.
+///
+/// # Errors
+/// When neither close_range(2) works nor `/proc/self/fd` can be listed.
+pub fn close_all_except(keep: &[RawFd]) -> io::Result<()> {
+    let mut keep = keep.to_vec();
+    keep.sort_unstable();
+    keep.dedup();
+    let mut next: libc::c_uint = 0;
+    for end in keep.into_iter().filter_map(|fd| libc::c_uint::try_from(fd).ok()) {
+        if end > next {
+            close_span(next, end - 1)?;
+        }
+        next = end + 1;
+    }
+    close_span(next, libc::c_uint::MAX)
+}
+
+fn close_span(first: libc::c_uint, last: libc::c_uint) -> io::Result<()> {
+    // SAFETY: the documented contract: nothing in this process uses these descriptors again.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if !matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
+        return Err(error);
+    }
+    for fd in open_descriptors()? {
+        if libc::c_uint::try_from(fd).is_ok_and(|number| (first..=last).contains(&number)) {
+            // SAFETY: as above; the listing's own descriptor is closed already.
+            unsafe { libc::close(fd) };
+        }
+    }
+    Ok(())
+}
+
 /// The numbers of all descriptors that are open in this process.
 ///
 /// # Errors

@@ -13,6 +13,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 pub fn load(filter: &[libc::sock_filter], flags: u64) -> io::Result<Option<OwnedFd>> {
     let length = u16::try_from(filter.len())
         .map_err(|_too_long| io::Error::from_raw_os_error(libc::E2BIG))?;
+    let flags = checked(flags)?;
     let program = libc::sock_fprog { len: length, filter: filter.as_ptr().cast_mut() };
     // SAFETY: `program` points at `length` initialised instructions that outlive the call;
     // the kernel copies them and never writes through the pointer.
@@ -37,6 +38,13 @@ pub fn load(filter: &[libc::sock_filter], flags: u64) -> io::Result<Option<Owned
     Ok(None)
 }
 
+/// The kernel's parameter has 32 bits; more would be dropped silently.
+fn checked(flags: u64) -> io::Result<u64> {
+    u32::try_from(flags)
+        .map(u64::from)
+        .map_err(|_too_wide| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
 /// Whether this kernel knows a `SECCOMP_RET_*` action (`SECCOMP_GET_ACTION_AVAIL`).
 #[must_use]
 pub fn action_available(action: u32) -> bool {
@@ -57,6 +65,9 @@ pub fn action_available(action: u32) -> bool {
 /// A filter at the null address is refused with `EFAULT` only after the flags were accepted.
 #[must_use]
 pub fn flags_available(flags: u64) -> bool {
+    let Ok(flags) = checked(flags) else {
+        return false;
+    };
     // SAFETY: a null program is never dereferenced by us, and the kernel answers EFAULT.
     let answer = unsafe {
         libc::syscall(
@@ -82,6 +93,7 @@ mod tests {
     #[test]
     fn unknown_flags_are_reported_as_unavailable() {
         assert!(flags_available(libc::SECCOMP_FILTER_FLAG_LOG));
+        assert!(!flags_available(1 << 30));
         assert!(!flags_available(1 << 40));
     }
 

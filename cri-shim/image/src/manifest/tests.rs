@@ -41,7 +41,7 @@ fn a_document_is_exactly_one_of_manifest_and_index() {
     let twice = good.replace("\"schemaVersion\":2,", "\"schemaVersion\":2,\"layers\":[],");
     let deep = format!("{{\"schemaVersion\":2,\"x\":{}", "[".repeat(100_000));
     for bad in [&both, neither, &mislabelled, &twice, &deep, "", "null", "[]"] {
-        assert_eq!(parse(bad).unwrap_err().kind(), ErrorKind::DataLoss, "{:.80}", bad);
+        assert_eq!(parse(bad).unwrap_err().kind(), ErrorKind::DataLoss, "{bad:.80}");
     }
     let schema1 = r#"{"schemaVersion":1,"fsLayers":[],"history":[]}"#;
     assert_eq!(parse(schema1).unwrap_err().kind(), ErrorKind::Unsupported);

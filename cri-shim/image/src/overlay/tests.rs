@@ -55,7 +55,7 @@ fn both_ways_of_mounting_stack_layers_alike() {
 #[test]
 fn characters_that_mean_something_in_options_are_plain_in_paths() {
     for name in ["a,lowerdir=etc", "a:b", "a\\b", "a b", "é\n"] {
-        for how in [new_api, by_mount] {
+        for how in [mount_stack, by_mount] {
             let scratch = scratch();
             let dir = scratch.path().join(name);
             fs::create_dir(&dir).unwrap();

@@ -25,6 +25,9 @@ pub(crate) trait Source: Read {
     }
 }
 
+/// A name and a value.
+type Pair = (Vec<u8>, Vec<u8>);
+
 /// What an entry creates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -52,7 +55,7 @@ pub(crate) struct Entry {
     /// Major and minor.
     pub(crate) device: (u32, u32),
     /// Name and value, in the archive's order.
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) xattrs: Vec<Pair>,
 }
 
 /// Reads entries one after another.
@@ -67,7 +70,7 @@ pub(crate) struct Reader<'a, S> {
 /// What extended headers said about the entry that follows.
 #[derive(Default)]
 struct Extended {
-    pax: Option<Vec<(Vec<u8>, Vec<u8>)>>,
+    pax: Option<Vec<Pair>>,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
 }
@@ -245,7 +248,7 @@ fn changes_layout(key: &[u8]) -> bool {
 }
 
 /// `<length> <key>=<value>\n`, repeated; the length counts itself and the newline.
-fn parse_pax(mut text: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, &'static str> {
+fn parse_pax(mut text: &[u8]) -> Result<Vec<Pair>, &'static str> {
     let mut records = Vec::new();
     while !text.is_empty() {
         let space = text.iter().position(|&b| b == b' ').ok_or("PAX record without length")?;

@@ -71,10 +71,10 @@ pub(crate) struct Image {
 
 impl Image {
     pub(crate) fn new(layers: Vec<Layer>) -> Self {
-        Self::with_config(layers, json!({}))
+        Self::with_config(layers, &json!({}))
     }
 
-    pub(crate) fn with_config(layers: Vec<Layer>, config: Value) -> Self {
+    pub(crate) fn with_config(layers: Vec<Layer>, config: &Value) -> Self {
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id.to_string()).collect();
         let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
         let config = json!({
@@ -115,7 +115,7 @@ impl Image {
         let files: &[(&str, &[u8])] =
             &[("bin/", b""), ("bin/busybox", &program), ("etc/", b""), ("etc/motd", b"hello\n")];
         let config = json!({"User": "1000:100", "Env": ["PATH=/bin"], "Cmd": ["busybox", "sh"]});
-        Self::with_config(vec![Layer::gzip(&tar(files))], config)
+        Self::with_config(vec![Layer::gzip(&tar(files))], &config)
     }
 
     /// A small image whose content depends on `seed`.

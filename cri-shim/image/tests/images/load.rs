@@ -59,7 +59,7 @@ fn compressed(archive: &Path) -> PathBuf {
 }
 
 /// What `docker save` wrote before it knew OCI layouts, links between layers included.
-fn docker_save(image: &Image, tags: Value) -> Vec<u8> {
+fn docker_save(image: &Image, tags: &Value) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     let mut add = |name: &str, data: &[u8]| {
         let mut header = tar::Header::new_gnu();
@@ -112,7 +112,7 @@ fn a_docker_archive_is_loaded() {
     let part = |name: &'static str| tar(&[(name, b"x")]);
     let image = Image::new(vec![Layer::plain(&part("a")), Layer::plain(&part("b"))]);
     let path = dir.path().join("saved.tar");
-    fs::write(&path, docker_save(&image, json!(["app:1", "example.org/app:1"]))).unwrap();
+    fs::write(&path, docker_save(&image, &json!(["app:1", "example.org/app:1"]))).unwrap();
     let node = Node::new();
     let loaded = node.images.load(&path, None).unwrap_or_else(|e| panic!("{}", chain(&e)));
     assert_eq!(loaded[0].repo_tags, ["docker.io/library/app:1", "example.org/app:1"]);
@@ -120,7 +120,7 @@ fn a_docker_archive_is_loaded() {
     let rootfs = node.mount("c", "app:1");
     assert!(rootfs.join("a").exists() && rootfs.join("b").exists());
 
-    fs::write(&path, docker_save(&Image::small("gz"), json!(null))).unwrap();
+    fs::write(&path, docker_save(&Image::small("gz"), &json!(null))).unwrap();
     let loaded = node.images.load(&path, Some("named")).unwrap_or_else(|e| panic!("{}", chain(&e)));
     assert_eq!(loaded[0].repo_tags, ["docker.io/library/named:latest"]);
 }

@@ -29,7 +29,7 @@ async fn a_mirror_serves_an_image_under_its_own_name() {
     let record = node.pull("registry.k8s.io/pause:3.9").await.unwrap();
     assert_eq!(record.repo_tags, ["registry.k8s.io/pause:3.9"]);
     let digest = format!("registry.k8s.io/pause@{}", pause.digest());
-    assert_eq!(record.repo_digests, [digest.clone()]);
+    assert_eq!(record.repo_digests, std::slice::from_ref(&digest));
     node.pull(&digest).await.unwrap();
 
     hosts(&node, "_default", &mirror);
@@ -236,4 +236,24 @@ async fn collecting_while_pulling_takes_nothing_that_is_needed() {
         assert_eq!(fs::read_dir(&rootfs).unwrap().count(), 3, "{reference}");
     }
     assert_eq!(node.layers().len(), 36);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_is_verified_unless_the_configuration_says_otherwise() {
+    let ((registry, certificate), node) = (Registry::with_tls().await, Node::new());
+    let reference = registry.push("x:1", &Image::small("tls")).await;
+    let server = format!("server = \"https://{}\"", registry.host);
+    hosts(&node, &registry.host, &server);
+    let error = node.pull(&reference).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{}", chain(&error));
+    assert!(chain(&error).contains("certificate"), "{}", chain(&error));
+    node.assert_empty();
+    for trust in [format!("ca = {certificate:?}"), "skip_verify = true".to_owned()] {
+        hosts(&node, &registry.host, &format!("{server}\n{trust}"));
+        node.pull(&reference).await.unwrap_or_else(|e| panic!("{trust}: {}", chain(&e)));
+        node.images.remove(&reference).unwrap();
+    }
+    hosts(&node, &registry.host, &format!("{server}\nca = \"missing.pem\""));
+    let error = node.pull(&reference).await.unwrap_err();
+    assert!(chain(&error).contains("missing.pem"), "{}", chain(&error));
 }

@@ -24,13 +24,13 @@ async fn an_image_is_pulled_by_tag_and_described() {
     let recorder = Recorder::default();
     let record = node.images.pull(&reference, &None, recorder.listener()).await.unwrap();
     assert_eq!(record.id, image.id().as_str());
-    assert_eq!(record.repo_tags, [reference.clone()]);
+    assert_eq!(record.repo_tags, std::slice::from_ref(&reference));
     let name = format!("{}/library/busybox", registry.host);
     assert_eq!(record.repo_digests, [format!("{name}@{}", image.digest())]);
     assert_eq!((record.user.uid, record.user.username.as_str()), (Some(1000), ""));
     let size = image.manifest.len() + image.config.len() + image.layers[0].blob.len();
     assert_eq!(record.size, size as u64);
-    assert_eq!(node.images.list(), [record.clone()]);
+    assert_eq!(node.images.list(), std::slice::from_ref(&record));
     let config = node.images.config(&record.id).unwrap();
     assert_eq!(config.config().as_ref().unwrap().env().as_deref().unwrap(), ["PATH=/bin"]);
 

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::TcpListener,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -21,21 +21,29 @@ pub(crate) struct Registry {
     process: Child,
     dir: tempfile::TempDir,
     pub(crate) host: String,
+    scheme: &'static str,
     client: Client,
     password: Option<&'static str>,
 }
 
 impl Registry {
     pub(crate) async fn start() -> Self {
-        Self::start_with(None).await
+        Self::start_with(Security::None).await
     }
 
     /// A registry that wants the user `user` with the password `secret`.
     pub(crate) async fn with_password() -> Self {
-        Self::start_with(Some("secret")).await
+        Self::start_with(Security::Password).await
     }
 
-    async fn start_with(password: Option<&'static str>) -> Self {
+    /// A registry that speaks TLS with a certificate nobody knows, and that certificate.
+    pub(crate) async fn with_tls() -> (Self, PathBuf) {
+        let registry = Self::start_with(Security::Tls).await;
+        let certificate = registry.dir.path().join("cert.pem");
+        (registry, certificate)
+    }
+
+    async fn start_with(security: Security) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let host = format!("127.0.0.1:{port}");
@@ -46,9 +54,18 @@ impl Registry {
              http: {{addr: \"{host}\"}}\n",
             dir.path().join("data").display()
         );
-        if password.is_some() {
-            let path = htpasswd.display();
-            config.push_str(&format!("auth: {{htpasswd: {{realm: test, path: {path}}}}}\n"));
+        match security {
+            Security::None => {}
+            Security::Password => {
+                let path = htpasswd.display();
+                config.push_str(&format!("auth: {{htpasswd: {{realm: test, path: {path}}}}}\n"));
+            }
+            Security::Tls => {
+                certify(dir.path());
+                let dir = dir.path().display();
+                let tls = format!("tls: {{certificate: {dir}/cert.pem, key: {dir}/key.pem}}");
+                config = config.replace("http: {", &format!("http: {{{tls}, "));
+            }
         }
         let file = dir.path().join("config.yml");
         fs::write(&file, config).unwrap();
@@ -59,14 +76,16 @@ impl Registry {
             .stderr(Stdio::null())
             .spawn()
             .expect("docker-registry is installed");
-        let registry = Self { process, dir, host, client: client(), password };
+        let scheme = if security == Security::Tls { "https" } else { "http" };
+        let password = (security == Security::Password).then_some("secret");
+        let registry = Self { process, dir, host, scheme, client: client(), password };
         registry.wait().await;
         registry
     }
 
     async fn wait(&self) {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let url = format!("http://{}/v2/", self.host);
+        let url = format!("{}://{}/v2/", self.scheme, self.host);
         while self.client.get(&url).send().await.is_err() {
             assert!(Instant::now() < deadline, "docker-registry does not answer");
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -82,7 +101,7 @@ impl Registry {
     }
 
     pub(crate) async fn push_blob(&self, repository: &str, blob: &[u8]) {
-        let url = format!("http://{}/v2/{repository}/blobs/uploads/", self.host);
+        let url = format!("{}://{}/v2/{repository}/blobs/uploads/", self.scheme, self.host);
         let started = self.request(reqwest::Method::POST, &url).send().await.unwrap();
         assert_eq!(started.status(), 202);
         let location = started.headers()["location"].to_str().unwrap().to_owned();
@@ -94,7 +113,7 @@ impl Registry {
 
     pub(crate) async fn push_manifest(&self, name: &str, media_type: &str, manifest: &[u8]) {
         let (repository, tag) = name.rsplit_once(':').unwrap();
-        let url = format!("http://{}/v2/{repository}/manifests/{tag}", self.host);
+        let url = format!("{}://{}/v2/{repository}/manifests/{tag}", self.scheme, self.host);
         let put = self
             .request(reqwest::Method::PUT, &url)
             .header(CONTENT_TYPE, media_type)
@@ -131,8 +150,28 @@ impl Drop for Registry {
     }
 }
 
-/// A client for plain HTTP; building one wants a TLS provider all the same.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Security {
+    None,
+    Password,
+    Tls,
+}
+
+/// Makes `cert.pem` and `key.pem` for 127.0.0.1.
+fn certify(dir: &Path) {
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
+        .args(["-nodes", "-days", "2", "-subj", "/CN=pinion-test", "-keyout", "key.pem"])
+        .args(["-out", "cert.pem", "-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+        .current_dir(dir)
+        .output()
+        .expect("openssl is installed");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+}
+
+/// A client that trusts anybody; building one wants a TLS provider even for plain HTTP.
 pub(crate) fn client() -> Client {
     let _ = rustls_graviola::default_provider().install_default();
-    Client::builder().no_proxy().tls_certs_only([]).build().unwrap()
+    Client::builder().no_proxy().tls_danger_accept_invalid_certs(true).build().unwrap()
 }

@@ -5,7 +5,7 @@ use crate::pod::PodNetwork;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-/// Bandwidth annotations of pods (KEP-less, but read by every CRI runtime).
+/// Bandwidth annotations of pods that CRI runtimes hand to the bandwidth plugin.
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 /// Token bucket size handed to the bandwidth plugin: the largest it takes.

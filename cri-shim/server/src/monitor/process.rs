@@ -3,20 +3,20 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::process::Command;
 
 use crate::error::{Context, Error, Kind, Result};
-use crate::services::blocking;
 
 /// A monitor that has not begun to listen by then never will.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long a killed monitor may take to be gone.
-const END_LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a monitor is started with.
 #[derive(Debug)]
@@ -87,11 +87,26 @@ fn find(directory: &Path) -> Option<Pid> {
 
 /// Kills the pod's monitor if it still lives, and waits until it is gone.
 pub(crate) async fn end(directory: &Path) -> Result<()> {
-    let Some(pid) = find(directory) else { return Ok(()) };
-    let what = move || format!("kill monitor {}", pid.as_raw_nonzero());
+    if let Some(pid) = find(directory) {
+        kill(pid, directory)?;
+    }
+    let lock = pid_file(directory);
+    let began = Instant::now();
+    while is_locked(&lock) {
+        if began.elapsed() > END_LIMIT {
+            let message = format!("the monitor that holds {} does not end", lock.display());
+            return Err(Error::new(Kind::Unavailable, message));
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+fn kill(pid: Pid, directory: &Path) -> Result<()> {
+    let what = || format!("kill monitor {}", pid.as_raw_nonzero());
     let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
-        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(Errno::SRCH) => return Ok(()),
         Err(e) => return Err(e).context(what),
     };
     // Between the look at its arguments and the pidfd the process may have been replaced.
@@ -99,17 +114,16 @@ pub(crate) async fn end(directory: &Path) -> Result<()> {
         return Ok(());
     }
     match pidfd_send_signal(&pidfd, Signal::KILL) {
-        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-        Err(e) => return Err(e).context(what),
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(e) => Err(e).context(what),
     }
-    let ended = blocking(move || {
-        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-        poll(&mut fds, Some(&END_LIMIT)).context(what)
-    });
-    match ended.await? {
-        0 => Err(Error::new(Kind::Unavailable, format!("{}: it does not end", what()))),
-        _ => Ok(()),
-    }
+}
+
+/// Whether a monitor lives: it locks its pid file for as long as it does, so that even one
+/// that is on its way out, and has no arguments any more, can be waited for.
+fn is_locked(path: &Path) -> bool {
+    let Ok(file) = fs::File::open(path) else { return false };
+    flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
 }
 
 #[cfg(test)]
@@ -121,6 +135,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(pid_file(dir.path()), std::process::id().to_string()).unwrap();
         assert!(find(dir.path()).is_none());
+        assert!(!is_locked(&pid_file(dir.path())));
         end(dir.path()).await.unwrap();
     }
 

@@ -1,6 +1,7 @@
 //! The gRPC services, and the one place where their errors are logged.
 
 mod admin;
+mod deadline;
 mod image;
 mod runtime;
 mod streams;
@@ -17,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::node::Node;
 
 pub(crate) use admin::AdminApi;
+pub(crate) use deadline::DeadlineLayer;
 pub(crate) use image::ImageApi;
 pub(crate) use runtime::RuntimeApi;
 

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use oci_spec::runtime::LinuxNamespaceType;
@@ -87,9 +87,14 @@ impl Init<'_> {
 }
 
 /// Runs the process on `channel`; returns its exit code if it does not become the program.
-pub fn run(init: Init<'_>, channel: Channel) -> i32 {
-    let mut channel = channel;
-    match become_program(init, &mut channel) {
+pub fn run(init: Init<'_>, mut channel: Channel) -> i32 {
+    let own = [init.listener.as_raw_fd()].into_iter();
+    let optional = init.prepared.iter().flatten().chain(&init.namespaces).chain(&init.console);
+    let own: Vec<RawFd> = own.chain(optional.map(AsRawFd::as_raw_fd)).collect();
+    let outcome = keep_only(&own, &channel, init.keep_fds)
+        .during(Step::Enter)
+        .and_then(|()| become_program(init, &mut channel));
+    match outcome {
         Ok(never) => match never {},
         Err(Stopped { step, failure }) => {
             // Nobody is left to be told if this fails too.
@@ -121,6 +126,15 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
     drop(init.listener);
     run_hooks("startContainer", &plan.hooks.start_container, &state)?;
     identity::execute(&prepared, &plan.process, plan.seccomp.as_ref(), channel)
+}
+
+/// Closes what the process was copied with but does not need: locks, the runtime's end of
+/// the channel, descriptors the caller forgot to close.
+pub(super) fn keep_only(own: &[RawFd], channel: &Channel, preserved: u32) -> Result<(), Failure> {
+    let passed_on = 0..3i32.saturating_add_unsigned(preserved);
+    let keep: Vec<RawFd> =
+        passed_on.chain(own.iter().copied()).chain([channel.as_fd().as_raw_fd()]).collect();
+    pinion_sys::fd::close_all_except(&keep).doing(|| "close_range".into())
 }
 
 /// Namespaces, cgroups and ids.

@@ -1,7 +1,7 @@
 //! A further process of a running container (`exec`).
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use pinion_cgroup::Cgroup;
@@ -42,7 +42,12 @@ pub struct Tenant<'a> {
 
 /// Runs the process on `channel`; returns its exit code if it does not become the program.
 pub fn run(tenant: Tenant<'_>, channel: &Channel) -> i32 {
-    match become_program(tenant, channel) {
+    let own = [&tenant.container].into_iter().chain(&tenant.console);
+    let own: Vec<RawFd> = own.map(AsRawFd::as_raw_fd).collect();
+    let outcome = init::keep_only(&own, channel, tenant.keep_fds)
+        .during(Step::Enter)
+        .and_then(|()| become_program(&tenant, channel));
+    match outcome {
         Ok(never) => match never {},
         Err(Stopped { step, failure }) => {
             let _ = channel.say(&Message::Failed(Report::new(step, &failure)));
@@ -51,9 +56,9 @@ pub fn run(tenant: Tenant<'_>, channel: &Channel) -> i32 {
     }
 }
 
-fn become_program(tenant: Tenant<'_>, channel: &Channel) -> Result<Infallible, Stopped> {
+fn become_program(tenant: &Tenant<'_>, channel: &Channel) -> Result<Infallible, Stopped> {
     let plan = tenant.process;
-    enter(&tenant).during(Step::Enter)?;
+    enter(tenant).during(Step::Enter)?;
     if let Some(socket) = &tenant.console {
         let pty = open_terminal().during(Step::Terminal)?;
         terminal::install(pty, socket.as_fd(), plan).during(Step::Terminal)?;
