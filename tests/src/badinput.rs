@@ -17,7 +17,7 @@ use crate::error::{During, Error, Result, ensure};
 use crate::image::catalogue;
 use crate::leaks::{self, Snapshot};
 use crate::server::{Kind, Scratch};
-use crate::site::Site;
+use crate::site::{CNI_CONFIG, Site};
 
 const CLEANUP: Duration = Duration::from_secs(20);
 /// How long an unreachable registry may keep a caller waiting.
@@ -175,7 +175,7 @@ fn corrupt_layer(assets: &Assets, site: &Site, cri: &Cri) -> Result<()> {
 
 /// A network configuration whose plugin fails with an error of its own.
 fn broken_cni_plugin(_: &Assets, site: &Site, cri: &Cri) -> Result<()> {
-    let good = site.scratch.path("cni/net.d/10-pinion-test.conflist");
+    let good = site.scratch.path(CNI_CONFIG);
     let kept = fs::read(&good).during(|| format!("read {}", good.display()))?;
     let error = json!({
         "cniVersion": "1.0.0", "code": 999, "msg": "the flux capacitor is empty",

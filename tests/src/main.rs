@@ -16,6 +16,7 @@ mod evidence;
 mod image;
 mod isolation;
 mod leaks;
+mod network;
 mod node;
 mod pinned;
 mod server;

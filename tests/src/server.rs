@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
-
 use crate::assets::{self, Assets};
 use crate::command;
 use crate::cri::Cri;
@@ -29,11 +27,6 @@ impl Kind {
             Kind::Piniond => "piniond",
             Kind::Containerd => "containerd",
         }
-    }
-
-    /// The bridge of its pods. CNI plugins make it and keep it.
-    pub(crate) fn bridge(self) -> String {
-        format!("pintest{}", self as u8)
     }
 }
 
@@ -62,31 +55,6 @@ impl Scratch {
     /// A path in it.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
-    }
-
-    /// A CNI network: a bridge with addresses, masquerading and host ports. Each kind of
-    /// server has its own, so that two may run side by side.
-    pub(crate) fn write_network(&self, kind: Kind) -> Result<()> {
-        let number = kind as u8;
-        let list = json!({
-            "cniVersion": "1.0.0",
-            "name": format!("pinion-test-{}", kind.name()),
-            "plugins": [
-                {
-                    "type": "bridge", "bridge": kind.bridge(), "isGateway": true,
-                    "ipMasq": true, "hairpinMode": true,
-                    "ipam": {
-                        "type": "host-local",
-                        "dataDir": self.path("cni/leases"),
-                        "ranges": [[{ "subnet": format!("10.{}.0.0/16", 218 + number) }]],
-                        "routes": [{ "dst": "0.0.0.0/0" }],
-                    },
-                },
-                { "type": "portmap", "capabilities": { "portMappings": true } },
-            ],
-        });
-        let path = self.path("cni/net.d/10-pinion-test.conflist");
-        fs::write(&path, list.to_string()).during(|| format!("write {}", path.display()))
     }
 }
 

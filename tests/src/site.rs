@@ -1,14 +1,16 @@
 //! A place for a suite: registry, network and server in directories of their own.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use crate::assets::Assets;
-use crate::command;
 use crate::cri::{Container, Cri, Pod};
 use crate::error::{During, Result};
 use crate::image::{catalogue, registry::Registry};
+use crate::network::Network;
 use crate::server::{Kind, Scratch, Server};
+
+/// The CNI configuration below a site's directories.
+pub(crate) const CNI_CONFIG: &str = "cni/net.d/10-pinion-test.conflist";
 
 /// A server with everything it needs; it all ends with this value, the server first.
 #[derive(Debug)]
@@ -17,6 +19,7 @@ pub(crate) struct Site {
     pub(crate) server: Server,
     /// Test images on loopback, for as long as this lives.
     _registry: Registry,
+    _network: Network,
     /// Directories.
     pub(crate) scratch: Scratch,
 }
@@ -31,9 +34,10 @@ impl Site {
     pub(crate) fn over(assets: &Assets, kind: Kind, scratch: Scratch) -> Result<Self> {
         let registry = assets.registry(&scratch.path("logs"))?;
         registry.write_mirrors(&scratch.path("certs.d"))?;
-        scratch.write_network(kind)?;
+        let network = Network::take()?;
+        network.write(&scratch.path(CNI_CONFIG), &scratch.path("cni/leases"))?;
         let server = Server::start(kind, assets, &scratch)?;
-        Ok(Self { server, _registry: registry, scratch })
+        Ok(Self { server, _registry: registry, _network: network, scratch })
     }
 
     /// Connects to the server.
@@ -70,14 +74,11 @@ impl Site {
 }
 
 impl Drop for Site {
-    /// Removes what a failed suite left, while there is still a server to do it, and the
-    /// bridge that the plugins keep.
+    /// Removes what a failed suite left, while there is still a server to do it.
     fn drop(&mut self) {
         let removed = self.connect().and_then(|cri| cri.remove_all());
         if let Err(error) = removed {
             eprintln!("could not remove all pods: {}", error.chain());
         }
-        let bridge = self.server.kind().bridge();
-        let _ = command::run(Command::new("ip").args(["link", "delete", &bridge]));
     }
 }

@@ -15,8 +15,8 @@ pub(crate) struct Cli {
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// Give up connecting after this many seconds.
-    #[arg(long, global = true, default_value = "5", value_parser = seconds)]
-    pub(crate) timeout: Duration,
+    #[arg(long, global = true, default_value = "5", value_parser = seconds, value_name = "SECONDS")]
+    pub(crate) connect_timeout: Duration,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -178,4 +178,16 @@ pub(crate) struct RunArgs {
 
 fn seconds(text: &str) -> Result<Duration, String> {
     text.parse().map(Duration::from_secs).map_err(|e| format!("{text:?} is not seconds: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn no_two_arguments_collide() {
+        Cli::command().debug_assert();
+        Cli::try_parse_from(["pinctl", "exec", "--timeout", "3", "c", "ls", "-l"]).unwrap();
+    }
 }

@@ -45,7 +45,7 @@ async fn dispatch(cli: Cli) -> Result<u8, error::Error> {
         clap_complete::generate(shell, &mut Cli::command(), "pinctl", &mut std::io::stdout());
         return Ok(0);
     }
-    let mut node = connect::Node::connect(&cli.socket, cli.timeout).await?;
+    let mut node = connect::Node::connect(&cli.socket, cli.connect_timeout).await?;
     let format = output::Format::of(cli.json);
     match cli.command {
         Command::Image(ImageCommand::Pull(args)) => images::pull(&mut node, format, args).await?,

@@ -94,6 +94,9 @@ pub struct Runtime {
     pub cgroup_driver: CgroupDriver,
     /// Parent of pods whose request names none. Empty: `/pinion`, or `pinion.slice`.
     pub default_cgroup_parent: String,
+    /// cgroup that monitors are moved to on cgroup v2, so that ending the server's unit
+    /// leaves them alone; empty to leave them where the server is.
+    pub monitor_cgroup: String,
     /// Size of each pod's `/dev/shm` in bytes.
     pub shm_size: u64,
     /// Most processes in one container; 0 for no limit.
@@ -111,6 +114,7 @@ impl Default for Runtime {
             monitor_path: PathBuf::new(),
             cgroup_driver: CgroupDriver::Auto,
             default_cgroup_parent: String::new(),
+            monitor_cgroup: "/pinion-monitors".into(),
             shm_size: 64 << 20,
             pids_limit: 0,
             max_log_line: 16 << 10,
@@ -144,10 +148,7 @@ pub struct Image {
 impl Default for Image {
     fn default() -> Self {
         Self {
-            registry_configs: vec![
-                "/etc/pinion/certs.d".into(),
-                "/etc/containerd/certs.d".into(),
-            ],
+            registry_configs: vec!["/etc/pinion/certs.d".into(), "/etc/containerd/certs.d".into()],
             insecure_registries: Vec::new(),
         }
     }
@@ -385,10 +386,8 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_an_error_naming_key_and_file() {
-        let dir = directory(&[
-            ("config.toml", ""),
-            ("config.d/bad.toml", "[runtime]\nshm_sise = 2\n"),
-        ]);
+        let dir =
+            directory(&[("config.toml", ""), ("config.d/bad.toml", "[runtime]\nshm_sise = 2\n")]);
         let text = load(&dir).unwrap_err().to_string();
         assert!(text.contains("bad.toml"), "{text}");
         assert!(text.contains("shm_sise"), "{text}");

@@ -5,8 +5,8 @@
 //! dropped: the command must neither block on a full pipe nor fill the server's memory.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pinion_cri_proto::v1::{ExecSyncRequest, ExecSyncResponse};
@@ -130,11 +130,7 @@ struct Finished {
     stderr: Vec<u8>,
 }
 
-async fn converse(
-    monitor: &Client,
-    exec: message::Exec,
-    timeout: Duration,
-) -> Result<Finished> {
+async fn converse(monitor: &Client, exec: message::Exec, timeout: Duration) -> Result<Finished> {
     let (out_reader, out_writer) = output_pipe()?;
     let (err_reader, err_writer) = output_pipe()?;
     let budget = Arc::new(AtomicUsize::new(OUTPUT_LIMIT));
@@ -167,7 +163,8 @@ async fn converse(
     // What still reads when the limit is over ends with the set.
     let all = async { while reading.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(DRAIN_LIMIT, all).await;
-    let output = |o: &Output| std::mem::take(&mut *o.lock().unwrap_or_else(PoisonError::into_inner));
+    let output =
+        |o: &Output| std::mem::take(&mut *o.lock().unwrap_or_else(PoisonError::into_inner));
     Ok(Finished { exited, stdout: output(&stdout), stderr: output(&stderr) })
 }
 

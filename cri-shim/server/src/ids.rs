@@ -45,7 +45,10 @@ pub(crate) fn check_id(id: &str) -> Result<&str> {
         return Err(Error::invalid("the request names no id"));
     }
     if id.len() > 128 || id.starts_with('.') || !id.chars().all(good) {
-        return Err(Error::invalid(format!("{:?} is not an id", id.chars().take(80).collect::<String>())));
+        return Err(Error::invalid(format!(
+            "{:?} is not an id",
+            id.chars().take(80).collect::<String>()
+        )));
     }
     Ok(id)
 }

@@ -39,11 +39,8 @@ pub(crate) fn runtime_config(node: &Node) -> v1::RuntimeConfigResponse {
 
 /// Answer to `Status`.
 pub(crate) async fn status(node: &Arc<Node>, verbose: bool) -> Result<v1::StatusResponse> {
-    let runtime = v1::RuntimeCondition {
-        r#type: "RuntimeReady".into(),
-        status: true,
-        ..Default::default()
-    };
+    let runtime =
+        v1::RuntimeCondition { r#type: "RuntimeReady".into(), status: true, ..Default::default() };
     let network = node.network.status().await;
     let network = v1::RuntimeCondition {
         r#type: "NetworkReady".into(),

@@ -151,7 +151,7 @@ impl Node {
     }
 
     /// Starts the monitor of a pod.
-    pub(crate) async fn start_monitor(&self, pod: &str) -> Result<()> {
+    pub(crate) async fn start_monitor(self: &Arc<Self>, pod: &str) -> Result<()> {
         let directory = self.paths.pod(pod);
         monitor::start(&monitor::Invocation {
             program: &self.programs.monitor,
@@ -161,6 +161,13 @@ impl Node {
             runtime_root: &self.programs.runtime_root,
             systemd_cgroup: self.programs.systemd_cgroup,
         })
-        .await
+        .await?;
+        let Some(pid) = monitor::pid(directory.path()) else { return Ok(()) };
+        let node = self.clone();
+        if let Err(error) = blocking(move || node.cgroups.adopt_monitor(pid)).await {
+            // It works where it is; only a restart of the unit's cgroup would end it.
+            tracing::warn!(pod, error = %error.chain(), "the monitor stays in the server's cgroup");
+        }
+        Ok(())
     }
 }

@@ -69,10 +69,8 @@ impl Programs {
         }
         let mut command = self.runtime("delete");
         command.arg("--force").arg(id);
-        let output = command
-            .output()
-            .await
-            .context(|| format!("start {}", self.runtime.display()))?;
+        let output =
+            command.output().await.context(|| format!("start {}", self.runtime.display()))?;
         if !known.exists() {
             return Ok(());
         }

@@ -209,6 +209,13 @@ impl Sandbox {
         namespaces(&self.config)
     }
 
+    /// The pod's configuration with what was decided where it asked for nothing.
+    pub(crate) fn config_in_force(&self) -> v1::PodSandboxConfig {
+        let mut config = self.config.0.clone();
+        config.linux.get_or_insert_default().cgroup_parent.clone_from(&self.cgroup_parent);
+        config
+    }
+
     /// `namespace/name`, for messages.
     pub(crate) fn title(&self) -> String {
         let metadata = self.metadata();
@@ -234,6 +241,17 @@ impl Exit {
             finished_at: ids::now(),
             reason: Some("MonitorLost".into()),
             message: "the container's monitor was gone; its processes were killed".into(),
+            ..Self::default()
+        }
+    }
+
+    /// The end of a container that could not be started.
+    pub(crate) fn not_started(message: String) -> Self {
+        Self {
+            code: 128,
+            finished_at: ids::now(),
+            reason: Some("StartError".into()),
+            message,
             ..Self::default()
         }
     }

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use crate::contract::hugepages::GRANTS;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::ids;
 use crate::intent::{CREATE_CONTAINER, RUN_POD};
 use crate::monitor;
@@ -68,7 +68,19 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
         forget_container(node, orphan, Some(intent)).await;
     }
     remove_strangers(node).await;
+    collect_networks(node).await;
     Ok(())
+}
+
+/// Gives back the network attachments of pods that are gone. Before the first request: a pod
+/// being made then would look like one that is gone.
+async fn collect_networks(node: &Node) {
+    let snapshot = node.registry.snapshot();
+    let known = snapshot.pods().map(|pod| pod.sandbox.id.clone()).collect();
+    for error in node.network.collect(&known).await {
+        let error = Error::from_foreign(Kind::Internal, error);
+        node.find(format!("network of a pod that is gone: {}", error.chain()));
+    }
 }
 
 fn read(node: &Node) -> Result<Found> {
@@ -85,10 +97,7 @@ fn read(node: &Node) -> Result<Found> {
 }
 
 /// The good records of a table; the bad ones are set aside.
-fn list<R: Serialize + DeserializeOwned>(
-    node: &Node,
-    table: Table<R>,
-) -> Result<Vec<(String, R)>> {
+fn list<R: Serialize + DeserializeOwned>(node: &Node, table: Table<R>) -> Result<Vec<(String, R)>> {
     let what = || format!("list table {}", table.name());
     let Listing { records, bad } = node.store.list(table).context(what)?;
     for (key, reason) in bad {
@@ -108,7 +117,9 @@ async fn sort_intent(
 ) {
     let step = intent.steps.into_iter().next().unwrap_or_default();
     let read = match intent.kind.as_str() {
-        RUN_POD => serde_json::from_value(step).map(|sandbox| runs.push((intent.id.clone(), sandbox))),
+        RUN_POD => {
+            serde_json::from_value(step).map(|sandbox| runs.push((intent.id.clone(), sandbox)))
+        }
         CREATE_CONTAINER => serde_json::from_value::<Container>(step).map(|container| {
             let undone = creations.entry(container.pod.clone()).or_default();
             undone.push((intent.id.clone(), container));
@@ -136,7 +147,11 @@ async fn recover_pod(
 ) {
     let directory = node.paths.pod(&sandbox.id);
     if sandbox.ready && !pod::namespaces_pinned(&node, &sandbox) {
-        node.find(format!("pod {} ({}) did not survive a restart of the node", sandbox.id, sandbox.title()));
+        node.find(format!(
+            "pod {} ({}) did not survive a restart of the node",
+            sandbox.id,
+            sandbox.title()
+        ));
         sandbox.ready = false;
     }
     let notices = mpsc::unbounded_channel();
@@ -165,7 +180,8 @@ async fn recover_pod(
         }
     }
     let known: HashSet<&String> = containers.iter().map(|c| &c.id).collect();
-    let release = Release { node: node.clone(), sandbox: sandbox.clone(), monitor: monitor.clone() };
+    let release =
+        Release { node: node.clone(), sandbox: sandbox.clone(), monitor: monitor.clone() };
     let mut left_over = Vec::new();
     for (intent, mut container) in creations {
         if !known.contains(&container.id) {
@@ -277,12 +293,8 @@ async fn remove_strangers(node: &Arc<Node>) {
         if snapshot.pod(&id).is_err() {
             let sandbox = Sandbox { id: id.clone(), ..Default::default() };
             let release = Release { node: node.clone(), sandbox, monitor: None };
-            let holdings = vec![
-                Holding::PodDirectory,
-                Holding::Namespaces,
-                Holding::Shm,
-                Holding::Monitor,
-            ];
+            let holdings =
+                vec![Holding::PodDirectory, Holding::Namespaces, Holding::Shm, Holding::Monitor];
             let (_, result) = release_all(&release, holdings, |_| true).await;
             note(node, "directory of pod", &id, result);
         }

@@ -23,10 +23,7 @@ pub(crate) fn merge(
         cpu_period: number(change.cpu_period, current.cpu_period),
         cpu_quota: number(change.cpu_quota, current.cpu_quota),
         cpu_shares: number(change.cpu_shares, current.cpu_shares),
-        memory_limit_in_bytes: number(
-            change.memory_limit_in_bytes,
-            current.memory_limit_in_bytes,
-        ),
+        memory_limit_in_bytes: number(change.memory_limit_in_bytes, current.memory_limit_in_bytes),
         oom_score_adj: number(change.oom_score_adj, current.oom_score_adj),
         cpuset_cpus: text(&change.cpuset_cpus, &current.cpuset_cpus),
         cpuset_mems: text(&change.cpuset_mems, &current.cpuset_mems),

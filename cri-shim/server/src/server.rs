@@ -77,12 +77,7 @@ fn private_directory(path: &Path) -> Result<()> {
 /// One server per run directory.
 fn lock(path: &Path) -> Result<File> {
     let what = || format!("open {}", path.display());
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path)
-        .context(what)?;
+    let file = File::options().create(true).truncate(false).write(true).open(path).context(what)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -95,14 +90,16 @@ fn lock(path: &Path) -> Result<File> {
 
 /// Opens everything the node is made of.
 async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
-    let hierarchies = Hierarchies::detect().context(|| "find the cgroup hierarchies".to_string())?;
+    let hierarchies =
+        Hierarchies::detect().context(|| "find the cgroup hierarchies".to_string())?;
     let driver = match config.runtime.cgroup_driver {
         CgroupDriver::Systemd => Driver::Systemd,
         CgroupDriver::Cgroupfs => Driver::Cgroupfs,
         CgroupDriver::Auto if systemd => Driver::Systemd,
         CgroupDriver::Auto => Driver::Cgroupfs,
     };
-    let cgroups = Cgroups::new(hierarchies, driver, &config.runtime.default_cgroup_parent);
+    let mut cgroups = Cgroups::new(hierarchies, driver, &config.runtime.default_cgroup_parent);
+    cgroups.separate_monitors(&config.runtime.monitor_cgroup)?;
     let programs = Programs::find(&config, paths.runtime_root(), driver == Driver::Systemd)?;
     let opened = Store::open(paths.store()).context(|| "open the store".to_string())?;
     let images = ImageConfig {
@@ -129,7 +126,10 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         facts,
     });
     if let Some(moved) = opened.quarantined {
-        node.find(format!("the store was damaged; it is kept as {}, and a new one was begun", moved.display()));
+        node.find(format!(
+            "the store was damaged; it is kept as {}, and a new one was begun",
+            moved.display()
+        ));
     }
     Ok(node)
 }

@@ -1,5 +1,7 @@
 //! A pod from RunPodSandbox to RemovePodSandbox, on this host, with every part real.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
+
 mod support;
 
 use std::fs;
@@ -20,10 +22,8 @@ async fn server() -> (Server, Client) {
 async fn a_pod_lives_and_leaves_nothing_behind() {
     let (server, mut client) = server().await;
     let logs = server.path("logs");
-    let config = v1::PodSandboxConfig {
-        log_directory: logs.to_string_lossy().into_owned(),
-        ..pod("life")
-    };
+    let config =
+        v1::PodSandboxConfig { log_directory: logs.to_string_lossy().into_owned(), ..pod("life") };
     let pod = client.run(&config).await.unwrap();
     let script = "echo hello; echo oops >&2; trap 'exit 7' TERM; while :; do sleep 0.1; done";
     let container = v1::ContainerConfig { log_path: "app.log".into(), ..shell("app", script) };
@@ -32,7 +32,8 @@ async fn a_pod_lives_and_leaves_nothing_behind() {
     client.start(&id).await.unwrap();
     assert_eq!(client.status(&id).await.unwrap().state(), v1::ContainerState::ContainerRunning);
 
-    let out = client.exec(&id, &["/bin/sh", "-c", "echo out; echo err >&2; exit 3"], 10).await.unwrap();
+    let out =
+        client.exec(&id, &["/bin/sh", "-c", "echo out; echo err >&2; exit 3"], 10).await.unwrap();
     assert_eq!((out.stdout.as_slice(), out.stderr.as_slice()), (&b"out\n"[..], &b"err\n"[..]));
     assert_eq!(out.exit_code, 3);
     let out = client.exec(&id, &["hostname"], 10).await.unwrap();
@@ -59,11 +60,15 @@ async fn an_exec_past_its_time_is_killed_whole() {
     let pod = client.run(&config).await.unwrap();
     let id = client.launch(&pod, &shell("app", "sleep 1000"), &config).await.unwrap();
     let began = Instant::now();
-    let error = client.exec(&id, &["/bin/sh", "-c", "sleep 4321 & sleep 4321"], 1).await.unwrap_err();
+    let error =
+        client.exec(&id, &["/bin/sh", "-c", "sleep 4321 & sleep 4321"], 1).await.unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded);
     assert!(error.message().contains("timed out"), "{}", error.message());
     assert!(began.elapsed() < Duration::from_secs(5));
-    let left = client.exec(&id, &["/bin/sh", "-c", "ps | grep 4321 | grep -v grep; true"], 5).await.unwrap();
+    let left = client
+        .exec(&id, &["/bin/sh", "-c", "ps | grep 4321 | grep -v grep; true"], 5)
+        .await
+        .unwrap();
     assert_eq!(String::from_utf8_lossy(&left.stdout), "");
     client.remove_pod(&pod).await.unwrap();
 }
@@ -79,7 +84,8 @@ async fn repeated_requests_are_harmless() {
     assert_eq!(client.run(&config).await.unwrap(), pod);
 
     let app = shell("app", "sleep 1000");
-    let (a, b) = tokio::join!(client.create(&pod, &app, &config), second.create(&pod, &app, &config));
+    let (a, b) =
+        tokio::join!(client.create(&pod, &app, &config), second.create(&pod, &app, &config));
     let id = a.unwrap();
     assert_eq!(id, b.unwrap());
     let other = client.create(&pod, &shell("app", "true"), &config).await.unwrap_err();
@@ -219,8 +225,48 @@ async fn what_is_not_built_says_so_and_the_list_is_right() {
     call!("StreamPodSandboxStats", stream_pod_sandbox_stats, StreamPodSandboxStatsRequest);
     call!("StreamPodSandboxes", stream_pod_sandboxes, StreamPodSandboxesRequest);
     call!("UpdateContainerResources", update_container_resources, UpdateContainerResourcesRequest);
-    call!("UpdatePodSandboxResources", update_pod_sandbox_resources, UpdatePodSandboxResourcesRequest);
+    call!(
+        "UpdatePodSandboxResources",
+        update_pod_sandbox_resources,
+        UpdatePodSandboxResourcesRequest
+    );
     call!("UpdateRuntimeConfig", update_runtime_config, UpdateRuntimeConfigRequest);
     call!("Version", version, VersionRequest);
     assert_eq!(refused, piniond::UNBUILT);
+}
+
+#[tokio::test]
+async fn limits_change_in_place() {
+    let (server, mut client) = server().await;
+    let config = pod("resize");
+    let pod = client.run(&config).await.unwrap();
+    let id = client.launch(&pod, &shell("app", "sleep 1000"), &config).await.unwrap();
+    let change = v1::LinuxContainerResources { cpu_shares: 512, ..Default::default() };
+    let request = v1::UpdateContainerResourcesRequest {
+        container_id: id.clone(),
+        linux: Some(change),
+        ..Default::default()
+    };
+    client.0.update_container_resources(request).await.unwrap();
+    let resources = client.status(&id).await.unwrap().resources.unwrap().linux.unwrap();
+    assert_eq!(resources.cpu_shares, 512);
+    let group = format!("{}/{pod}/{id}", server.cgroup);
+    let v1_file = format!("/sys/fs/cgroup/cpu{group}/cpu.shares");
+    match fs::read_to_string(v1_file) {
+        Ok(shares) => assert_eq!(shares.trim(), "512"),
+        Err(_) => {
+            let weight = fs::read_to_string(format!("/sys/fs/cgroup{group}/cpu.weight")).unwrap();
+            assert!((10..60).contains(&weight.trim().parse::<u32>().unwrap()), "{weight}");
+        }
+    }
+    client.remove_pod(&pod).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_socket_and_the_state_are_root_s_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let server = Server::start().await;
+    let mode = |name: &str| fs::metadata(server.path(name)).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode("run/piniond.sock"), 0o600);
+    assert_eq!((mode("run"), mode("root")), (0o700, 0o700));
 }

@@ -1,5 +1,7 @@
 //! What the server tells of pods and of the node: statistics, metrics, events, receipts.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
+
 mod support;
 
 use std::collections::HashSet;
@@ -57,12 +59,8 @@ async fn events_tell_a_container_s_life_in_order() {
     let server = Server::start().await;
     server.load_image().await;
     let mut client = Client(server.runtime().await);
-    let mut events = client
-        .0
-        .get_container_events(v1::GetEventsRequest::default())
-        .await
-        .unwrap()
-        .into_inner();
+    let mut events =
+        client.0.get_container_events(v1::GetEventsRequest::default()).await.unwrap().into_inner();
     let config = pod("events");
     let pod = client.run(&config).await.unwrap();
     let c = client.launch(&pod, &shell("c", "sleep 0.2; exit 3"), &config).await.unwrap();

@@ -1,5 +1,7 @@
 //! The server ends at the worst moments and comes back.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
+
 mod support;
 
 use std::fs;

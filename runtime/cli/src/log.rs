@@ -41,7 +41,8 @@ impl Log {
     fn append(&self, level: &str, message: &str) {
         let Some(path) = &self.file else { return };
         let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
-        let written = opened.and_then(|mut file| file.write_all(self.line(level, message).as_bytes()));
+        let written =
+            opened.and_then(|mut file| file.write_all(self.line(level, message).as_bytes()));
         if let Err(error) = written {
             eprintln!("unable to write to the log {}: {error}", path.display());
         }

@@ -60,8 +60,7 @@ fn main() -> ExitCode {
     };
     let log = Log::new(&cli.global);
     let root = cli.global.root.unwrap_or_else(default_root);
-    let driver =
-        if cli.global.systemd_cgroup { Driver::Systemd } else { Driver::Cgroupfs };
+    let driver = if cli.global.systemd_cgroup { Driver::Systemd } else { Driver::Cgroupfs };
     let context = Context { root, driver, log };
     match run(&context, cli.verb) {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),

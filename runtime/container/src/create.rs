@@ -7,12 +7,13 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::LinuxNamespaceType;
 use pinion_cgroup::{Cgroup, Driver, Hierarchies};
 use pinion_sys::clone::Child;
 use rustix::thread::CapabilitySet;
 
 use crate::child::{Init, run_init};
+use crate::config::Spec;
 use crate::error::{Doing, Error, Failure, Result};
 use crate::launch::{self, Birth, Opened};
 use crate::mounts::MountKind;
@@ -176,7 +177,7 @@ fn make_cgroup(
         guard.record.cgroup = None;
     })?;
     cgroup.apply(&plan.resources)?;
-    let annotations = spec.annotations().clone().unwrap_or_default();
+    let annotations = spec.annotations.clone().unwrap_or_default();
     if let Some(request) = isolation::request(&annotations)? {
         let (record, directory) = (&mut guard.record, guard.directory);
         isolation::enforce(&request, &plan.resources, hierarchies, record, directory)?;

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, Process as OciProcess};
+use oci_spec::runtime::LinuxNamespaceType;
 use pinion_cgroup::Cgroup;
 use pinion_seccomp::Program;
 use pinion_sys::clone::Child;
@@ -69,7 +69,7 @@ pub fn template(root: &Path, id: &str) -> Result<config::ExecView> {
 /// Any of [`Error`]; the process is gone then.
 pub fn exec(
     options: ExecOptions<'_>,
-    process: &OciProcess,
+    process: &config::Process,
     view: &config::ExecView,
 ) -> Result<Executed> {
     let directory = StateDir::of(options.root, options.id)?;

@@ -103,18 +103,20 @@ fn target(
 /// As [`enforce`].
 pub fn renew(changed: &LinuxResources, record: &mut Record, directory: &StateDir) -> Result<()> {
     let Some(request) = request(&record.annotations)? else { return Ok(()) };
-    let (parsed, _) = crate::config::load_spec(&directory.config())?;
-    let mut spec = parsed.value;
-    let mut linux = spec.linux().clone().unwrap_or_default();
-    let resources = merged(linux.resources().clone().unwrap_or_default(), changed);
-    linux.set_resources(Some(resources.clone()));
-    spec.set_linux(Some(linux));
     let path = directory.config();
-    let bytes = serde_json::to_vec(&spec).map_err(io::Error::from);
-    bytes
+    let (parsed, bytes) = crate::config::load_spec(&path)?;
+    let kept = parsed.value.linux.and_then(|linux| linux.resources().clone());
+    let resources = merged(kept.unwrap_or_default(), changed);
+    replace_resources(&bytes, &resources)
         .and_then(|bytes| pinion_sys::atomic_file::write_volatile(&path, &bytes, 0o600))
         .doing(|| format!("write {}", path.display()))?;
     enforce(&request, &resources, &Hierarchies::detect()?, record, directory).map(drop)
+}
+
+fn replace_resources(config: &[u8], resources: &LinuxResources) -> io::Result<Vec<u8>> {
+    let mut document: serde_json::Value = serde_json::from_slice(config)?;
+    document["linux"]["resources"] = serde_json::to_value(resources)?;
+    Ok(serde_json::to_vec(&document)?)
 }
 
 /// The limits that isolation depends on, changed ones first.

@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources, Spec};
+use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources};
 use pinion_seccomp::Program;
 use rustix::thread::CapabilitySet;
 
+use crate::config::Spec;
 use crate::devices::{self, DeviceNode};
 use crate::error::{Error, Result};
 use crate::memory_policy::MemoryPolicy;
@@ -97,14 +98,14 @@ impl Plan {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::Unsupported`] naming the field.
     pub fn new(spec: &Spec, bundle: &Path, facts: Facts) -> Result<Self> {
-        check_version(spec.version())?;
+        check_version(&spec.oci_version)?;
         check_supported(spec)?;
-        let linux = spec.linux().clone().unwrap_or_default_absent();
+        let linux = spec.linux.clone().unwrap_or_default_absent();
         let namespaces = Namespaces::plan(&linux)?;
         if !namespaces.has(LinuxNamespaceType::Mount) {
             return Err(Error::Unsupported("a container without a mount namespace".into()));
         }
-        let process = spec.process().as_ref().ok_or_else(|| invalid("process is missing"))?;
+        let process = spec.process.as_ref().ok_or_else(|| invalid("process is missing"))?;
         let available = if namespaces.has(LinuxNamespaceType::User) {
             CapabilitySet::all()
         } else {
@@ -112,7 +113,7 @@ impl Plan {
         };
         let (process, warnings) = ProcessPlan::plan(process, available)?;
         let mounts: Vec<_> = spec
-            .mounts()
+            .mounts
             .iter()
             .flatten()
             .map(|mount| MountPlan::plan(mount, bundle))
@@ -138,8 +139,8 @@ impl Plan {
             masked: paths(linux.masked_paths()),
             read_only: paths(linux.readonly_paths()),
             sysctl,
-            hostname: text(spec.hostname().as_ref()),
-            domainname: text(spec.domainname().as_ref()),
+            hostname: text(spec.hostname.as_ref()),
+            domainname: text(spec.domainname.as_ref()),
             process,
             personality: linux.personality().as_ref().map(personality).transpose()?,
             memory_policy: linux.memory_policy().as_ref().map(MemoryPolicy::plan).transpose()?,
@@ -190,7 +191,7 @@ impl HookPlan {
     /// The hooks of a configuration.
     #[must_use]
     pub fn new(spec: &Spec) -> Self {
-        let Some(hooks) = spec.hooks() else { return Self::default() };
+        let Some(hooks) = &spec.hooks else { return Self::default() };
         let list = |hooks: &Option<Vec<Hook>>| hooks.clone().unwrap_or_default();
         Self {
             #[allow(deprecated, reason = "runtimes must still run them")]
@@ -218,10 +219,10 @@ fn check_version(version: &str) -> Result<()> {
 
 fn check_supported(spec: &Spec) -> Result<()> {
     let unsupported = |what: &str| Err(Error::Unsupported(what.to_owned()));
-    if spec.vm().is_some() {
+    if spec.vm.is_some() {
         return unsupported("the vm section");
     }
-    let Some(linux) = spec.linux() else { return Ok(()) };
+    let Some(linux) = &spec.linux else { return Ok(()) };
     if linux.intel_rdt().is_some() {
         return unsupported("linux.intelRdt");
     }
@@ -232,7 +233,7 @@ fn check_supported(spec: &Spec) -> Result<()> {
 }
 
 fn root(spec: &Spec, linux: &oci_spec::runtime::Linux, bundle: &Path) -> Result<RootPlan> {
-    let root = spec.root().as_ref().ok_or_else(|| invalid("root is missing"))?;
+    let root = spec.root.as_ref().ok_or_else(|| invalid("root is missing"))?;
     if root.path().as_os_str().is_empty() {
         return Err(invalid("root.path is empty"));
     }

@@ -3,15 +3,14 @@
 use std::ffi::CString;
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{
-    IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, Process, Scheduler,
-};
+use oci_spec::runtime::{IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, Scheduler};
 use pinion_sys::process::SchedulerAttributes;
 use pinion_topology::CpuSet;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 
 use crate::capability::CapabilitySets;
+use crate::config::Process;
 use crate::error::{Error, Result};
 
 /// What a process shall be.
@@ -66,30 +65,30 @@ impl ProcessPlan {
     /// # Errors
     /// [`Error::Invalid`] with the field's name.
     pub fn plan(process: &Process, available: CapabilitySet) -> Result<(Self, Vec<String>)> {
-        let args = process.args().clone().unwrap_or_default();
+        let args = process.args.clone().unwrap_or_default();
         if args.first().is_none_or(String::is_empty) {
             return Err(invalid("process.args must not be empty"));
         }
         if args.iter().any(|arg| arg.contains('\0')) {
             return Err(invalid("process.args contains a NUL byte"));
         }
-        if !process.cwd().is_absolute() {
+        if !process.cwd.is_absolute() {
             return Err(invalid("Cwd must be an absolute path"));
         }
-        let env = process.env().as_deref().unwrap_or_default();
-        let (capabilities, missing) = match process.capabilities() {
+        let env = process.env.as_deref().unwrap_or_default();
+        let (capabilities, missing) = match &process.capabilities {
             Some(asked) => CapabilitySets::plan(asked, available),
             None => (CapabilitySets::none(), Vec::new()),
         };
-        let user = process.user();
+        let user = &process.user;
         let plan = Self {
             args,
             env: environment(env)?,
             search_path: last_value(env, "PATH").unwrap_or_default().to_owned(),
             has_home: last_value(env, "HOME").is_some_and(|home| !home.is_empty()),
-            cwd: clean(process.cwd()),
-            terminal: process.terminal().unwrap_or(false),
-            console_size: process.console_size().map(|size| {
+            cwd: clean(&process.cwd),
+            terminal: process.terminal,
+            console_size: process.console_size.map(|size| {
                 let fit = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
                 (fit(size.height()), fit(size.width()))
             }),
@@ -99,12 +98,12 @@ impl ProcessPlan {
             umask: user.umask().unwrap_or(0o022) & 0o777,
             capabilities,
             rlimits: rlimits(process)?,
-            no_new_privileges: process.no_new_privileges().unwrap_or(false),
-            apparmor: label(process.apparmor_profile().as_ref()),
-            selinux: label(process.selinux_label().as_ref()),
-            oom_score_adj: process.oom_score_adj().map(oom_score).transpose()?,
+            no_new_privileges: process.no_new_privileges,
+            apparmor: label(process.apparmor_profile.as_ref()),
+            selinux: label(process.selinux_label.as_ref()),
+            oom_score_adj: process.oom_score_adj.map(oom_score).transpose()?,
             io_priority: io_priority(process)?,
-            scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
+            scheduler: process.scheduler.as_ref().map(scheduler).transpose()?,
             affinity: affinity(process)?,
         };
         let warnings = missing
@@ -153,7 +152,7 @@ fn oom_score(score: i32) -> Result<i32> {
 fn rlimits(process: &Process) -> Result<Vec<(Resource, Rlimit)>> {
     use oci_spec::runtime::PosixRlimitType as Type;
     let mut limits = Vec::new();
-    for limit in process.rlimits().iter().flatten() {
+    for limit in process.rlimits.iter().flatten() {
         let resource = match limit.typ() {
             Type::RlimitCpu => Resource::Cpu,
             Type::RlimitFsize => Resource::Fsize,
@@ -189,7 +188,7 @@ fn rlimits(process: &Process) -> Result<Vec<(Resource, Rlimit)>> {
 }
 
 fn io_priority(process: &Process) -> Result<Option<(u16, u16)>> {
-    let Some(asked) = process.io_priority() else { return Ok(None) };
+    let Some(asked) = process.io_priority else { return Ok(None) };
     let class = match asked.class() {
         IOPriorityClass::IoprioClassRt => 1,
         IOPriorityClass::IoprioClassBe => 2,
@@ -258,9 +257,9 @@ fn scheduler(asked: &Scheduler) -> Result<SchedulerAttributes> {
 type Affinity = (Option<Vec<u64>>, Option<Vec<u64>>);
 
 fn affinity(process: &Process) -> Result<Affinity> {
-    let Some(asked) = process.exec_cpu_affinity() else { return Ok((None, None)) };
+    let Some(asked) = &process.exec_cpu_affinity else { return Ok((None, None)) };
     let mask = |list: &Option<String>| list.as_deref().map(cpu_mask).transpose();
-    Ok((mask(asked.initial())?, mask(asked.cpu_affinity_final())?))
+    Ok((mask(&asked.initial)?, mask(&asked.r#final)?))
 }
 
 fn cpu_mask(list: &str) -> Result<Vec<u64>> {

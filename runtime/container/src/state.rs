@@ -308,16 +308,16 @@ impl Lock {
 impl Record {
     /// A record for a container about to be made.
     #[must_use]
-    pub fn new(id: &str, spec: &oci_spec::runtime::Spec, bundle: &Path, rootfs: &Path) -> Self {
+    pub fn new(id: &str, spec: &crate::config::Spec, bundle: &Path, rootfs: &Path) -> Self {
         Self {
             format: FORMAT,
-            oci_version: spec.version().clone(),
+            oci_version: spec.oci_version.clone(),
             id: id.to_owned(),
             bundle: bundle.to_owned(),
             rootfs: rootfs.to_owned(),
             created: crate::time::now_rfc3339(),
             owner: rustix::process::getuid().as_raw(),
-            annotations: spec.annotations().clone().unwrap_or_default(),
+            annotations: spec.annotations.clone().unwrap_or_default(),
             init: None,
             cgroup: None,
             namespaces: 0,

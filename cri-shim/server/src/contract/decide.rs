@@ -104,8 +104,8 @@ pub(crate) async fn decide(
 ) -> Result<Decision> {
     let name = config.metadata.as_ref().map_or("", |m| m.name.as_str());
     let wishes = Wishes::read(&sandbox.config.annotations, name)?;
-    let strict = Handler::parse(&sandbox.handler)? == Handler::Strict
-        || wishes.strict.unwrap_or(false);
+    let strict =
+        Handler::parse(&sandbox.handler)? == Handler::Strict || wishes.strict.unwrap_or(false);
     let resources = config.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
     let nothing_asked = resources.cpuset_cpus.is_empty()
         && resources.cpuset_mems.is_empty()
@@ -180,10 +180,10 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
 }
 
 fn exclusive(asked: &Asked<'_>, cpus: &CpuSet, topology: &Topology) -> Exclusivity {
-    let annotation =
-        asked.wishes.exclusive.map(|wish| wish.then_some(PartitionKind::Isolated));
+    let annotation = asked.wishes.exclusive.map(|wish| wish.then_some(PartitionKind::Isolated));
     // Without inference a container is shared unless someone said otherwise.
-    let shares = if asked.infer { u64::try_from(asked.resources.cpu_shares).unwrap_or(0) } else { 0 };
+    let shares =
+        if asked.infer { u64::try_from(asked.resources.cpu_shares).unwrap_or(0) } else { 0 };
     exclusivity(&ExclusivityInputs {
         annotation,
         strict: asked.strict,
@@ -227,6 +227,5 @@ where
     T: std::str::FromStr,
     T::Err: std::error::Error + Send + Sync + 'static,
 {
-    text.parse()
-        .kind(crate::error::Kind::Invalid, || format!("linux.resources.{field} {text:?}"))
+    text.parse().kind(crate::error::Kind::Invalid, || format!("linux.resources.{field} {text:?}"))
 }

@@ -10,8 +10,8 @@ use pinion_placement::{Grant, Ledger, NodePool, hugepages_held};
 use pinion_store::{Table, Tx};
 use pinion_topology::{PageSize, Topology};
 
-use super::view::topology;
 use super::Decision;
+use super::view::topology;
 use crate::config::HugepagePolicy;
 use crate::error::{Error, Kind, Result};
 use crate::node::Node;
@@ -92,8 +92,8 @@ pub(crate) async fn reserve<T: Send + 'static>(
     }
     let (asker, id, asked) = (node.clone(), container.to_string(), decision.clone());
     let answer = crate::services::blocking(move || asker.hugepages.ask(&asker, &id, &asked)).await;
-    let enforced = decision.contract.strict
-        || node.config.isolation.hugepages == HugepagePolicy::Enforce;
+    let enforced =
+        decision.contract.strict || node.config.isolation.hugepages == HugepagePolicy::Enforce;
     let granted = match answer {
         Ok(granted) => granted,
         Err(error) if error.kind() == Kind::Refused && !enforced => {

@@ -16,4 +16,6 @@ pub(crate) mod hugepages;
 mod view;
 
 pub(crate) use decide::{Contract, Decision, Handler, PLAIN, STRICT, decide};
-pub(crate) use view::{check_before_start, check_update, owners, receipt, report_after_start, topology};
+pub(crate) use view::{
+    check_before_start, check_update, owners, receipt, report_after_start, topology,
+};

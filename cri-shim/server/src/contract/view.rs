@@ -83,7 +83,8 @@ pub(crate) async fn check_before_start(node: &Arc<Node>, container: &Container) 
 /// it did not get.
 pub(crate) fn report_after_start(node: &Arc<Node>, container: &Container) {
     let contract = &container.contract;
-    if contract.strict || !(contract.exclusive || !contract.hugepages.is_empty()) {
+    let promised = contract.exclusive || !contract.hugepages.is_empty();
+    if contract.strict || !promised {
         return;
     }
     let (node, container) = (node.clone(), container.clone());

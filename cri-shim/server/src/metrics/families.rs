@@ -5,11 +5,9 @@ use std::collections::BTreeMap;
 use pinion_cgroup::stats::{BlkioEntry, Hugetlb, Pressure};
 use pinion_cri_proto::v1::MetricType::{Counter, Gauge};
 
-use super::Family;
 use super::reading::Reading;
+use super::{Family, Samples};
 use crate::netdev::Interface;
-
-type Samples = Vec<(Vec<String>, u64)>;
 
 /// Families of a container.
 #[rustfmt::skip]

@@ -27,6 +27,9 @@ use reading::Reading;
 /// Labels of every metric.
 const LABELS: [&str; 6] = ["id", "name", "image", "container", "pod", "namespace"];
 
+/// Values of a family's own labels, and the number.
+type Samples = Vec<(Vec<String>, u64)>;
+
 /// A metric family. `T` is what its samples are read from.
 struct Family<T> {
     name: &'static str,
@@ -34,8 +37,8 @@ struct Family<T> {
     kind: MetricType,
     /// Labels of its own.
     labels: &'static [&'static str],
-    /// Samples: values of its own labels, and the number.
-    read: fn(&T) -> Vec<(Vec<String>, u64)>,
+    /// Its samples in a reading.
+    read: fn(&T) -> Samples,
 }
 
 impl<T> Family<T> {
@@ -114,8 +117,11 @@ fn labels(node: &Node, pod: &PodView, container: Option<&Container>) -> Vec<Stri
     });
     let id = container.map_or(&pod.sandbox.id, |c| &c.id);
     let image = container.and_then(|c| c.config.image.clone()).unwrap_or_default();
-    let image =
-        if image.user_specified_image.is_empty() { image.image } else { image.user_specified_image };
+    let image = if image.user_specified_image.is_empty() {
+        image.image
+    } else {
+        image.user_specified_image
+    };
     vec![
         path.unwrap_or_default(),
         id.clone(),

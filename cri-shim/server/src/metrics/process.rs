@@ -18,7 +18,8 @@ impl Processes {
     pub(super) fn read(pids: &[i32]) -> Self {
         let mut sum = Self { count: pids.len() as u64, ..Self::default() };
         for pid in pids {
-            sum.threads += fs::read_dir(format!("/proc/{pid}/task")).map_or(0, |d| d.count() as u64);
+            sum.threads +=
+                fs::read_dir(format!("/proc/{pid}/task")).map_or(0, |d| d.count() as u64);
             let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
             for entry in entries.flatten() {
                 sum.descriptors += 1;
@@ -26,7 +27,8 @@ impl Processes {
                 sum.sockets += u64::from(target.to_string_lossy().starts_with("socket:"));
             }
         }
-        let limits = pids.first().and_then(|pid| fs::read_to_string(format!("/proc/{pid}/limits")).ok());
+        let limits =
+            pids.first().and_then(|pid| fs::read_to_string(format!("/proc/{pid}/limits")).ok());
         sum.open_files = limits.and_then(|text| soft_limit(&text, "Max open files")).unwrap_or(0);
         sum
     }

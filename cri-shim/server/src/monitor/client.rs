@@ -244,9 +244,8 @@ impl Connection {
         let mut sent = 0;
         while let Some(rest) = frame.get(sent..).filter(|rest| !rest.is_empty()) {
             let stream = &self.stream;
-            sent += stream
-                .async_io(Interest::WRITABLE, || send_with_fds(stream, rest, &fds))
-                .await?;
+            sent +=
+                stream.async_io(Interest::WRITABLE, || send_with_fds(stream, rest, &fds)).await?;
             fds.clear();
         }
         Ok(true)
@@ -257,8 +256,8 @@ impl Connection {
         let mut buffer = [0; 8192];
         let mut none = Descriptors::default();
         let stream = &self.stream;
-        let received = stream
-            .try_io(Interest::READABLE, || recv_with_fds(stream, &mut buffer, &mut none));
+        let received =
+            stream.try_io(Interest::READABLE, || recv_with_fds(stream, &mut buffer, &mut none));
         match received {
             Ok(0) => return Ok(false),
             Ok(n) => self.decoder.push(buffer.get(..n).unwrap_or_default()),
@@ -316,8 +315,8 @@ mod tests {
         stream.write_all(&encode(&response).unwrap()).await.unwrap();
     }
 
-    async fn connected()
-    -> (Client, UnixStream, mpsc::UnboundedReceiver<Notice>, tempfile::TempDir) {
+    async fn connected() -> (Client, UnixStream, mpsc::UnboundedReceiver<Notice>, tempfile::TempDir)
+    {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("monitor.sock")).unwrap();
         let (sender, notices) = mpsc::unbounded_channel();

@@ -4,4 +4,4 @@ mod client;
 mod process;
 
 pub(crate) use client::{Client, Notice, unexpected};
-pub(crate) use process::{Invocation, end, start};
+pub(crate) use process::{Invocation, end, pid, start};

@@ -85,6 +85,11 @@ fn find(directory: &Path) -> Option<Pid> {
     arguments.split(|b| *b == 0).any(|argument| argument == directory).then_some(pid)
 }
 
+/// The pid of the pod's monitor, while it lives.
+pub(crate) fn pid(directory: &Path) -> Option<i32> {
+    find(directory).map(Pid::as_raw_pid)
+}
+
 /// Kills the pod's monitor if it still lives, and waits until it is gone.
 pub(crate) async fn end(directory: &Path) -> Result<()> {
     if let Some(pid) = find(directory) {

@@ -9,11 +9,11 @@ use futures::stream::FuturesUnordered;
 use pinion_cri_proto::v1::{self, ContainerEventType};
 use tokio::sync::{mpsc, watch};
 
+use super::Command;
 use super::operations::{self, Done, Held};
 use super::reconnect::{self, Reconnected};
 use super::schedule::{Schedule, Scope};
-use super::{Command, Reply};
-use crate::admission::{Admission, Admit, Settled};
+use crate::admission::{Admission, Admit};
 use crate::error::{Error, Kind, Result};
 use crate::monitor::{Client, Notice};
 use crate::node::Node;
@@ -41,8 +41,7 @@ pub(crate) fn spawn(node: Arc<Node>, seed: Seed) {
     for container in &seed.containers {
         names.restore(name(&container.config), container.config.0.clone(), &container.id);
     }
-    let containers =
-        seed.containers.into_iter().map(|c| (c.id.clone(), Member::new(c))).collect();
+    let containers = seed.containers.into_iter().map(|c| (c.id.clone(), Member::new(c))).collect();
     let actor = Actor {
         node,
         sandbox: seed.sandbox,
@@ -63,13 +62,13 @@ pub(crate) fn spawn(node: Arc<Node>, seed: Seed) {
 
 /// A container and the signal that it has ended.
 #[derive(Debug)]
-struct Member {
-    record: Container,
+pub(super) struct Member {
+    pub(super) record: Container,
     ended: watch::Sender<bool>,
 }
 
 impl Member {
-    fn new(record: Container) -> Self {
+    pub(super) fn new(record: Container) -> Self {
         Self { ended: watch::Sender::new(record.exit.is_some()), record }
     }
 }
@@ -81,25 +80,25 @@ enum Work {
     Command(Command),
 }
 
-struct Actor {
-    node: Arc<Node>,
-    sandbox: Sandbox,
-    containers: BTreeMap<String, Member>,
-    names: Admission<(String, u32), v1::ContainerConfig, Ticket<String>>,
+pub(super) struct Actor {
+    pub(super) node: Arc<Node>,
+    pub(super) sandbox: Sandbox,
+    pub(super) containers: BTreeMap<String, Member>,
+    pub(super) names: Admission<(String, u32), v1::ContainerConfig, Ticket<String>>,
     schedule: Schedule<Work>,
-    running: FuturesUnordered<BoxFuture<'static, (Option<Scope>, Done)>>,
-    monitor: Option<Client>,
-    notices: mpsc::UnboundedSender<Notice>,
-    sender: mpsc::Sender<Command>,
+    pub(super) running: FuturesUnordered<BoxFuture<'static, (Option<Scope>, Done)>>,
+    pub(super) monitor: Option<Client>,
+    pub(super) notices: mpsc::UnboundedSender<Notice>,
+    pub(super) sender: mpsc::Sender<Command>,
     /// Exits reported before their container's creation was applied.
-    early: HashMap<String, Exit>,
+    pub(super) early: HashMap<String, Exit>,
     /// The pod is being stopped, and its monitor with it.
-    stopping: bool,
-    removed: bool,
+    pub(super) stopping: bool,
+    pub(super) removed: bool,
 }
 
 /// What is unique among the containers of a pod.
-fn name(config: &v1::ContainerConfig) -> (String, u32) {
+pub(super) fn name(config: &v1::ContainerConfig) -> (String, u32) {
     let metadata = config.metadata.clone().unwrap_or_default();
     (metadata.name, metadata.attempt)
 }
@@ -125,7 +124,9 @@ impl Actor {
                 // The actor holds a sender of its own, so its channels never close.
                 else => return,
             }
-            while !self.removed && let Some((scope, work)) = self.schedule.next() {
+            while !self.removed
+                && let Some((scope, work)) = self.schedule.next()
+            {
                 let operation = self.begin(work);
                 self.running.push(Box::pin(async move { (Some(scope), operation.await) }));
             }
@@ -160,7 +161,10 @@ impl Actor {
             return Err(Error::invalid("metadata.name: a container needs a name"));
         }
         if !self.sandbox.ready {
-            return Err(Error::precondition(format!("pod sandbox {} is not ready", self.sandbox.id)));
+            return Err(Error::precondition(format!(
+                "pod sandbox {} is not ready",
+                self.sandbox.id
+            )));
         }
         let id = ids::random_id()?;
         let (completion, mine) = ticket();
@@ -180,7 +184,9 @@ impl Actor {
                 let (name, attempt) = name;
                 Err(Error::new(
                     Kind::AlreadyExists,
-                    format!("container {name} (attempt {attempt}) {state} as {id} with another configuration"),
+                    format!(
+                        "container {name} (attempt {attempt}) {state} as {id} with another configuration"
+                    ),
                 ))
             }
         }
@@ -236,151 +242,14 @@ impl Actor {
     }
 
     fn member(&self, id: &str) -> Result<Held> {
-        let member = self
-            .containers
-            .get(id)
-            .ok_or_else(|| Error::not_found(format!("container {id}")))?;
+        let member =
+            self.containers.get(id).ok_or_else(|| Error::not_found(format!("container {id}")))?;
         Ok(Held { record: member.record.clone(), ended: member.ended.subscribe() })
     }
 
     fn members(&self) -> Vec<Held> {
         let held = |m: &Member| Held { record: m.record.clone(), ended: m.ended.subscribe() };
         self.containers.values().map(held).collect()
-    }
-
-    /// Applies what an operation did: store, then view, then answer.
-    async fn apply(&mut self, done: Done) {
-        match done {
-            Done::Nothing => {}
-            Done::Created { id, config, result, completion } => {
-                let result = self.created(&id, &config, result).await;
-                completion.complete(result);
-            }
-            Done::Started { id, result, reply } => {
-                let result = match result {
-                    Ok(at) => self.change(&id, |c| c.start(at)).await,
-                    Err(e) => Err(e),
-                };
-                if result.is_ok() {
-                    self.announce(&id, ContainerEventType::ContainerStartedEvent);
-                }
-                answer(reply, result);
-            }
-            Done::Answered { result, reply } => answer(reply, result),
-            Done::Updated { id, result, reply } => {
-                let result = match result {
-                    Ok(resources) => self.change(&id, |c| c.limit(*resources)).await,
-                    Err(e) => Err(e),
-                };
-                answer(reply, result);
-            }
-            Done::PodUpdated { overhead, resources, reply } => {
-                let linux = self.sandbox.config.0.linux.get_or_insert_default();
-                linux.overhead = overhead.or(linux.overhead.take());
-                linux.resources = resources.or(linux.resources.take());
-                answer(reply, self.commit_sandbox().await);
-            }
-            Done::Removed { id, left, result, reply } => {
-                let settled = self.released(&id, left, true).await;
-                answer(reply, result.and(settled));
-            }
-            Done::PodStopped { containers, left, remove, result, reply } => {
-                let settled = self.pod_stopped(containers, left, remove).await;
-                answer(reply, result.and(settled));
-            }
-            Done::Reconnected(reconnected) => self.reconnected(*reconnected).await,
-        }
-    }
-
-    async fn created(
-        &mut self,
-        id: &str,
-        config: &v1::ContainerConfig,
-        result: Result<Container, operations::Failed>,
-    ) -> Result<String> {
-        let name = name(config);
-        match result {
-            Ok(mut record) => {
-                if let Some(exit) = self.early.remove(id) {
-                    record.end(exit);
-                }
-                self.names.settle(&name, Settled::Made);
-                self.containers.insert(id.to_string(), Member::new(record));
-                self.publish();
-                self.announce(id, ContainerEventType::ContainerCreatedEvent);
-                Ok(id.to_string())
-            }
-            Err(failed) => {
-                self.early.remove(id);
-                match failed.left {
-                    None => self.names.settle(&name, Settled::Undone),
-                    Some(record) => {
-                        // It stays visible, so that its removal is tried again.
-                        self.names.settle(&name, Settled::Made);
-                        self.containers.insert(id.to_string(), Member::new(*record));
-                        self.publish();
-                    }
-                }
-                Err(failed.error)
-            }
-        }
-    }
-
-    /// Takes over what a release left, and forgets a removed container that left nothing.
-    async fn released(
-        &mut self,
-        id: &str,
-        left: Vec<crate::record::Holding>,
-        remove: bool,
-    ) -> Result<()> {
-        if !(remove && left.is_empty()) {
-            return self.change(id, |c| c.give_back(left)).await;
-        }
-        let key = id.to_string();
-        self.node.write(move |tx| tx.delete(CONTAINERS, &key).map(drop)).await?;
-        if let Some(member) = self.containers.remove(id) {
-            self.names.release(&name(&member.record.config), id);
-            self.node.samples.forget(id);
-            self.publish();
-            self.announce_record(&member.record, ContainerEventType::ContainerDeletedEvent);
-        }
-        Ok(())
-    }
-
-    async fn pod_stopped(
-        &mut self,
-        containers: Vec<(String, Vec<crate::record::Holding>)>,
-        left: Vec<crate::record::Holding>,
-        remove: bool,
-    ) -> Result<()> {
-        let was_ready = std::mem::replace(&mut self.sandbox.ready, false);
-        self.stopping = false;
-        self.monitor = None;
-        let mut outcome = Ok(());
-        for (id, left) in containers {
-            outcome = outcome.and(self.released(&id, left, remove).await);
-        }
-        self.sandbox.holdings = left;
-        if remove && self.sandbox.holdings.is_empty() && self.containers.is_empty() {
-            return outcome.and(self.forget().await);
-        }
-        outcome = outcome.and(self.commit_sandbox().await);
-        if was_ready {
-            self.announce_pod(ContainerEventType::ContainerStoppedEvent);
-        }
-        outcome
-    }
-
-    /// The end of the pod and its actor.
-    async fn forget(&mut self) -> Result<()> {
-        let id = self.sandbox.id.clone();
-        self.node.write(move |tx| tx.delete(SANDBOXES, &id).map(drop)).await?;
-        self.removed = true;
-        self.node.registry.withdraw(&self.sandbox.id);
-        self.node.release_name(&self.sandbox);
-        self.node.samples.forget(&self.sandbox.id);
-        self.announce_pod(ContainerEventType::ContainerDeletedEvent);
-        Ok(())
     }
 
     async fn notice(&mut self, notice: Notice) {
@@ -399,14 +268,13 @@ impl Actor {
                     records,
                     self.notices.clone(),
                 );
-                self.running.push(Box::pin(async move {
-                    (None, Done::Reconnected(Box::new(work.await)))
-                }));
+                self.running
+                    .push(Box::pin(async move { (None, Done::Reconnected(Box::new(work.await))) }));
             }
         }
     }
 
-    async fn exited(&mut self, id: &str, exit: Exit) {
+    pub(super) async fn exited(&mut self, id: &str, exit: Exit) {
         let Some(member) = self.containers.get_mut(id) else {
             self.early.insert(id.to_string(), exit);
             return;
@@ -424,7 +292,7 @@ impl Actor {
         self.announce(id, ContainerEventType::ContainerStoppedEvent);
     }
 
-    async fn reconnected(&mut self, reconnected: Reconnected) {
+    pub(super) async fn reconnected(&mut self, reconnected: Reconnected) {
         for id in reconnected.started {
             if let Err(error) = self.change(&id, |c| c.start(ids::now())).await {
                 tracing::error!(container = id, error = %error.chain(), "start not stored");
@@ -447,7 +315,11 @@ impl Actor {
     }
 
     /// Changes a container's record: in the store, here, and in the view.
-    async fn change(&mut self, id: &str, edit: impl FnOnce(&mut Container)) -> Result<()> {
+    pub(super) async fn change(
+        &mut self,
+        id: &str,
+        edit: impl FnOnce(&mut Container),
+    ) -> Result<()> {
         let Some(member) = self.containers.get_mut(id) else {
             return Err(Error::not_found(format!("container {id}")));
         };
@@ -462,7 +334,7 @@ impl Actor {
         written
     }
 
-    async fn commit_sandbox(&mut self) -> Result<()> {
+    pub(super) async fn commit_sandbox(&mut self) -> Result<()> {
         let record = self.sandbox.clone();
         let written = self.node.write(move |tx| tx.put(SANDBOXES, &record.id, &record)).await;
         self.publish();
@@ -483,21 +355,21 @@ impl Actor {
         }
     }
 
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         self.node.registry.publish(self.view());
     }
 
-    fn announce(&self, id: &str, what: ContainerEventType) {
+    pub(super) fn announce(&self, id: &str, what: ContainerEventType) {
         if let Some(member) = self.containers.get(id) {
             self.announce_record(&member.record, what);
         }
     }
 
-    fn announce_record(&self, container: &Container, what: ContainerEventType) {
+    pub(super) fn announce_record(&self, container: &Container, what: ContainerEventType) {
         self.send_event(&container.id, what);
     }
 
-    fn announce_pod(&self, what: ContainerEventType) {
+    pub(super) fn announce_pod(&self, what: ContainerEventType) {
         self.send_event(&self.sandbox.id, what);
     }
 
@@ -512,9 +384,4 @@ impl Actor {
             });
         }
     }
-}
-
-fn answer(reply: Reply<()>, result: Result<()>) {
-    // Whoever asked may be gone.
-    let _ = reply.send(result);
 }

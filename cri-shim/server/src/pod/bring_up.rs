@@ -14,11 +14,13 @@ use rustix::mount::{MountFlags, mount};
 use tokio::sync::mpsc;
 
 use super::actor::Seed;
+use super::create::spec_error;
 use super::release::{self, Release};
 use super::{network, shared_pid};
 use crate::admission::{Admit, Settled};
 use crate::contract::Handler;
 use crate::error::{Context, Error, Kind, Result};
+use crate::ids;
 use crate::intent::{self, RUN_POD};
 use crate::monitor::{Client, Notice};
 use crate::node::Node;
@@ -26,8 +28,6 @@ use crate::record::{Holding, SANDBOXES, Sandbox};
 use crate::services::blocking;
 use crate::ticket::{Completion, ticket};
 use crate::wire::Wire;
-use crate::ids;
-use super::create::spec_error;
 
 type Notices = (mpsc::UnboundedSender<Notice>, mpsc::UnboundedReceiver<Notice>);
 
@@ -80,8 +80,7 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
     };
     let namespaces = sandbox.namespaces();
     let host = |mode: NamespaceMode| mode == NamespaceMode::Node;
-    let mut holdings =
-        vec![Holding::PodDirectory, Holding::PodCgroup { parent: cgroup_parent }];
+    let mut holdings = vec![Holding::PodDirectory, Holding::PodCgroup { parent: cgroup_parent }];
     if !host(namespaces.network()) || !host(namespaces.ipc()) {
         holdings.push(Holding::Namespaces);
     }
@@ -251,8 +250,8 @@ fn prepare(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let config = &sandbox.config;
     let hostname = pinion_spec::pod::hostname(config, &node.facts.hostname).map_err(spec_error)?;
     let host_dns = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let dns = pinion_spec::pod::resolv_conf(config.dns_config.as_ref(), &host_dns)
-        .map_err(spec_error)?;
+    let dns =
+        pinion_spec::pod::resolv_conf(config.dns_config.as_ref(), &host_dns).map_err(spec_error)?;
     write(&directory.hostname(), &format!("{hostname}\n"))?;
     write(&directory.resolv_conf(), &dns)?;
 

@@ -137,8 +137,7 @@ async fn reserve(
 }
 
 async fn undo(context: &Context, planned: Container, intent: String, error: Error) -> Failed {
-    let (left, result) =
-        release::all(&context.release(), planned.holdings.clone(), |_| true).await;
+    let (left, result) = release::all(&context.release(), planned.holdings.clone(), |_| true).await;
     if let Err(undo) = result {
         tracing::error!(container = planned.id, error = %undo.chain(), "undo failed, the container stays");
         let mut remains = Container { holdings: left, ..planned };
@@ -185,9 +184,8 @@ async fn steps(context: &Context, planned: &Container, decision: &Decision) -> R
     let directory = node.paths.pod(&context.sandbox.id).container(&created.id);
     let directory = directory.path().to_string_lossy().into_owned();
     let paths = node.cgroups.container_paths(&created.cgroups_path, &created.id)?;
-    let text = |path: Option<&PathBuf>| {
-        path.map(|p| p.to_string_lossy().into_owned()).unwrap_or_default()
-    };
+    let text =
+        |path: Option<&PathBuf>| path.map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
     let v2 = node.cgroups.is_v2();
     context
         .monitor()?
@@ -236,8 +234,7 @@ fn build(
     rootfs: &Path,
 ) -> Result<Built> {
     let node = &context.node;
-    let mut sandbox = context.sandbox.config.0.clone();
-    sandbox.linux.get_or_insert_default().cgroup_parent.clone_from(&context.sandbox.cgroup_parent);
+    let sandbox = context.sandbox.config_in_force();
     let image = node.images.config(&record.image_id).image_error()?;
     let paths = HostPaths::inspect(&record.config)
         .kind(Kind::Invalid, || "look at the request's host paths".to_string())?;
@@ -333,7 +330,8 @@ mod tests {
     use super::*;
 
     fn pod(log_directory: &str) -> Sandbox {
-        let config = v1::PodSandboxConfig { log_directory: log_directory.into(), ..Default::default() };
+        let config =
+            v1::PodSandboxConfig { log_directory: log_directory.into(), ..Default::default() };
         Sandbox { config: Wire(config), ..Default::default() }
     }
 

@@ -12,6 +12,7 @@
 //! A caller that goes away does not end its operation.
 
 mod actor;
+mod apply;
 mod bring_up;
 mod create;
 mod network;
@@ -86,9 +87,9 @@ pub(crate) enum Command {
     /// Remember the pod's own limits; the client has set them already.
     UpdatePod {
         /// What the pod costs besides its containers.
-        overhead: Option<v1::LinuxContainerResources>,
+        overhead: Option<Box<v1::LinuxContainerResources>>,
         /// The sum of its containers.
-        resources: Option<v1::LinuxContainerResources>,
+        resources: Option<Box<v1::LinuxContainerResources>>,
         /// When they are remembered.
         reply: Reply<()>,
     },
@@ -119,7 +120,9 @@ pub(crate) async fn ask<T>(
     let (reply, answer) = oneshot::channel();
     // An actor ends only with its pod.
     let gone = || Error::not_found("the pod sandbox has been removed");
-    commands.send(command(reply)).await.map_err(|_| gone())?;
+    if commands.send(command(reply)).await.is_err() {
+        return Err(gone());
+    }
     answer.await.unwrap_or_else(|_| Err(gone()))
 }
 

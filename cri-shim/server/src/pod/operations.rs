@@ -77,7 +77,7 @@ pub(crate) enum Done {
     Created {
         id: String,
         config: Box<v1::ContainerConfig>,
-        result: Result<Container, Failed>,
+        result: Result<Box<Container>, Failed>,
         completion: Completion<String>,
     },
     Started {
@@ -98,8 +98,8 @@ pub(crate) enum Done {
         reply: Reply<()>,
     },
     PodUpdated {
-        overhead: Option<v1::LinuxContainerResources>,
-        resources: Option<v1::LinuxContainerResources>,
+        overhead: Option<Box<v1::LinuxContainerResources>>,
+        resources: Option<Box<v1::LinuxContainerResources>>,
         reply: Reply<()>,
     },
     Removed {
@@ -128,7 +128,7 @@ pub(crate) async fn create(
     config: Box<v1::ContainerConfig>,
     completion: Completion<String>,
 ) -> Done {
-    let result = create::create(&context, &id, &config).await;
+    let result = create::create(&context, &id, &config).await.map(Box::new);
     Done::Created { id, config, result, completion }
 }
 
@@ -145,8 +145,17 @@ pub(crate) async fn start(
             Phase::Running => return Err(state_error(&record, "is already running")),
             Phase::Exited => return Err(state_error(&record, "has already exited")),
         }
-        contract::check_before_start(&context.node, &record).await?;
-        context.monitor()?.start(&id).await?;
+        let monitor = context.monitor()?;
+        let checked = contract::check_before_start(&context.node, &record).await;
+        let started = match checked {
+            Ok(()) => monitor.start(&id).await,
+            refused => refused,
+        };
+        if let Err(error) = started {
+            // It must not go on waiting for a start that will not come again.
+            let _ = monitor.signal(&id, KILL, true).await;
+            return Err(error);
+        }
         contract::report_after_start(&context.node, &record);
         Ok(ids::now())
     };
@@ -221,7 +230,9 @@ async fn give_back(
     which: fn(&Holding) -> bool,
 ) -> (Vec<Holding>, Result<()>) {
     // Without a monitor the release kills by cgroup.
-    if context.monitor.is_some() && let Err(error) = end(context, held, Duration::ZERO).await {
+    if context.monitor.is_some()
+        && let Err(error) = end(context, held, Duration::ZERO).await
+    {
         return (held.record.holdings.clone(), Err(error));
     }
     release::all(&context.release(), held.record.holdings.clone(), which).await
@@ -248,11 +259,7 @@ pub(crate) async fn update(
     Done::Updated { id, result, reply }
 }
 
-pub(crate) async fn reopen_log(
-    context: Context,
-    member: Result<Held>,
-    reply: Reply<()>,
-) -> Done {
+pub(crate) async fn reopen_log(context: Context, member: Result<Held>, reply: Reply<()>) -> Done {
     let work = async {
         let record = member?.record;
         if record.phase() != Phase::Running {

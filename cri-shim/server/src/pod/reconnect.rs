@@ -121,7 +121,9 @@ struct ExitFile {
 fn exit_file(directory: &ContainerDirectory) -> Option<Exit> {
     let bytes = fs::read(directory.exit()).ok()?;
     let file: ExitFile = serde_json::from_slice(&bytes)
-        .inspect_err(|error| tracing::warn!(path = %directory.exit().display(), %error, "bad exit file"))
+        .inspect_err(
+            |error| tracing::warn!(path = %directory.exit().display(), %error, "bad exit file"),
+        )
         .ok()?;
     Some(Exit {
         code: file.code,

@@ -148,7 +148,9 @@ async fn end_monitor(release: &Release, directory: &Path) -> Result<()> {
             // It may close the connection before its answer is read.
             Ok(()) => {}
             Err(e) if e.kind() == Kind::Unavailable => {}
-            Err(e) => tracing::warn!(error = %e.chain(), "the monitor did not shut down, killing it"),
+            Err(e) => {
+                tracing::warn!(error = %e.chain(), "the monitor did not shut down, killing it");
+            }
         }
     }
     monitor::end(directory).await

@@ -47,7 +47,7 @@ pub(crate) async fn start(node: &Node, sandbox: &Sandbox, monitor: &Client) -> R
     let binary = std::env::current_exe().context(|| "find this executable".to_string())?;
     let spec = init_spec(&PodInit {
         sandbox_id: id,
-        sandbox: &sandbox.config,
+        sandbox: &sandbox.config_in_force(),
         pod: &super::lend(node, sandbox),
         rootfs: &rootfs,
         binary: &binary,
@@ -57,8 +57,12 @@ pub(crate) async fn start(node: &Node, sandbox: &Sandbox, monitor: &Client) -> R
     .map_err(spec_error)?;
     write_config(&directory, &spec)?;
     let path = directory.path().to_string_lossy().into_owned();
-    let create =
-        message::Create { id: id.clone(), bundle: path.clone(), directory: path, ..Default::default() };
+    let create = message::Create {
+        id: id.clone(),
+        bundle: path.clone(),
+        directory: path,
+        ..Default::default()
+    };
     monitor.create(create).await?;
     monitor.start(id).await
 }

@@ -92,8 +92,8 @@ impl Admin for AdminApi {
     async fn topology(&self, _: Request<TopologyRequest>) -> Reply<TopologyResponse> {
         let work = async {
             let topology = blocking(contract::topology).await?;
-            let json = serde_json::to_string(&topology)
-                .context(|| "encode the topology".to_string())?;
+            let json =
+                serde_json::to_string(&topology).context(|| "encode the topology".to_string())?;
             let owners = contract::owners(&self.node);
             Ok(TopologyResponse { topology_json: json, owners })
         };
@@ -114,8 +114,8 @@ impl Admin for AdminApi {
         let node = self.node.clone();
         let work = async move {
             let (sender, receiver) = mpsc::unbounded_channel();
-            let auth = (!username.is_empty())
-                .then(|| Auth { username, password, ..Auth::default() });
+            let auth =
+                (!username.is_empty()).then(|| Auth { username, password, ..Auth::default() });
             let watcher = sender.clone();
             // A reader that went away does not end the pull.
             let progress = std::sync::Arc::new(move |progress: Progress| {
@@ -135,8 +135,7 @@ impl Admin for AdminApi {
                 };
                 let _ = sender.send(last);
             });
-            let messages: Messages<PullProgress> =
-                UnboundedReceiverStream::new(receiver).boxed();
+            let messages: Messages<PullProgress> = UnboundedReceiverStream::new(receiver).boxed();
             Ok(messages)
         };
         answer("admin.PullImage", &subject, work).await

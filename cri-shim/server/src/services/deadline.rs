@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tonic::Status;
-use tonic::codegen::http::{HeaderMap, Request, Response};
 use tonic::codegen::Service;
+use tonic::codegen::http::{HeaderMap, Request, Response};
 use tower::Layer;
 
 /// Adds the deadline to a service.

@@ -108,7 +108,8 @@ impl ImageService for ImageApi {
                 let Some(record) = node.images.resolve(&name) else {
                     return Ok(ImageStatusResponse::default());
                 };
-                let info = if verbose { images::info(&node.images, &record) } else { HashMap::new() };
+                let info =
+                    if verbose { images::info(&node.images, &record) } else { HashMap::new() };
                 Ok(ImageStatusResponse { image: Some(to_cri(record)), info })
             })
             .await
@@ -142,10 +143,7 @@ impl ImageService for ImageApi {
         answer("RemoveImage", &subject, work).await
     }
 
-    async fn image_fs_info(
-        &self,
-        _: Request<ImageFsInfoRequest>,
-    ) -> Reply<ImageFsInfoResponse> {
+    async fn image_fs_info(&self, _: Request<ImageFsInfoRequest>) -> Reply<ImageFsInfoResponse> {
         let node = self.node.clone();
         let work = blocking(move || {
             let info = node.images.fs_info().image_error()?;

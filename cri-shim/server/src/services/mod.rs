@@ -38,22 +38,22 @@ pub(crate) async fn answer<T>(
     work: impl Future<Output = Result<T>>,
 ) -> Result<Response<T>, Status> {
     let request = REQUESTS.fetch_add(1, Ordering::Relaxed);
-    let span = tracing::debug_span!("rpc", request, rpc);
+    let span = tracing::info_span!("rpc", request, rpc, subject);
     async {
         let began = Instant::now();
         let outcome = work.await;
         let ms = began.elapsed().as_millis();
         match outcome {
             Ok(reply) => {
-                tracing::debug!(request, rpc, subject, ms, "done");
+                tracing::debug!(ms, "done");
                 Ok(Response::new(reply))
             }
             Err(error) => {
                 let (kind, chain) = (error.kind(), error.chain());
                 if kind.is_fault() {
-                    tracing::error!(request, rpc, subject, ms, ?kind, error = %chain, "failed");
+                    tracing::error!(ms, ?kind, error = %chain, "failed");
                 } else {
-                    tracing::info!(request, rpc, subject, ms, ?kind, error = %chain, "refused");
+                    tracing::info!(ms, ?kind, error = %chain, "refused");
                 }
                 Err(Status::from(&error))
             }
@@ -66,7 +66,10 @@ pub(crate) async fn answer<T>(
 /// The answer of an RPC in [`UNBUILT`].
 pub(crate) fn unbuilt<T>(rpc: &'static str) -> Result<T, Status> {
     debug_assert!(UNBUILT.contains(&rpc), "{rpc} is not listed as unbuilt");
-    Err(Status::from(&Error::new(Kind::Unimplemented, format!("{rpc} is not built in this version of piniond"))))
+    Err(Status::from(&Error::new(
+        Kind::Unimplemented,
+        format!("{rpc} is not built in this version of piniond"),
+    )))
 }
 
 /// Runs blocking work off the event loop. It runs to its end even if the caller goes away.

@@ -146,7 +146,11 @@ impl RuntimeService for RuntimeApi {
             let pod = self.node.registry.snapshot().pod(&request.pod_sandbox_id)?.clone();
             Ok(PodSandboxStatusResponse {
                 status: Some(status::sandbox_status(&pod.sandbox)),
-                info: if request.verbose { info::of_pod(&self.node, &pod) } else { Default::default() },
+                info: if request.verbose {
+                    info::of_pod(&self.node, &pod)
+                } else {
+                    Default::default()
+                },
                 containers_statuses: status::container_statuses(&pod),
                 timestamp: crate::ids::now(),
             })
@@ -188,11 +192,11 @@ impl RuntimeService for RuntimeApi {
         let request = request.into_inner();
         let pod = request.pod_sandbox_id.clone();
         let work = async {
-            let config = request.config.ok_or_else(|| Error::invalid("the request has no config"))?;
+            let config =
+                request.config.ok_or_else(|| Error::invalid("the request has no config"))?;
             let commands = self.node.registry.snapshot().pod(&pod)?.commands.clone();
             let config = Box::new(config);
-            let ticket =
-                pod::ask(&commands, |reply| Command::Create { config, reply }).await?;
+            let ticket = pod::ask(&commands, |reply| Command::Create { config, reply }).await?;
             Ok(CreateContainerResponse { container_id: ticket.wait().await? })
         };
         answer("CreateContainer", &pod, work).await
@@ -278,10 +282,7 @@ impl RuntimeService for RuntimeApi {
             } else {
                 Default::default()
             };
-            Ok(ContainerStatusResponse {
-                status: Some(status::container_status(&container)),
-                info,
-            })
+            Ok(ContainerStatusResponse { status: Some(status::container_status(&container)), info })
         };
         answer("ContainerStatus", &request.container_id, work).await
     }
@@ -294,8 +295,7 @@ impl RuntimeService for RuntimeApi {
         let work = async {
             let missing = || Error::invalid("the request has no linux resources");
             let resources = Box::new(request.linux.clone().ok_or_else(missing)?);
-            let update =
-                |container, reply| Command::Update { container, resources, reply };
+            let update = |container, reply| Command::Update { container, resources, reply };
             self.command(&request.container_id, update).await?;
             Ok(UpdateContainerResourcesResponse {})
         };
@@ -309,7 +309,8 @@ impl RuntimeService for RuntimeApi {
         let request = request.into_inner();
         let work = async {
             let pod = self.node.registry.snapshot().pod(&request.pod_sandbox_id)?.clone();
-            let (overhead, resources) = (request.overhead.clone(), request.resources.clone());
+            let overhead = request.overhead.clone().map(Box::new);
+            let resources = request.resources.clone().map(Box::new);
             let command = |reply| Command::UpdatePod { overhead, resources, reply };
             pod::ask(&pod.commands, command).await?;
             Ok(UpdatePodSandboxResourcesResponse {})
@@ -370,8 +371,7 @@ impl RuntimeService for RuntimeApi {
     ) -> Reply<ListContainerStatsResponse> {
         let filter = request.into_inner().filter;
         let work = async {
-            let chosen =
-                status::select_containers(&self.node.registry.snapshot(), filter.as_ref());
+            let chosen = status::select_containers(&self.node.registry.snapshot(), filter.as_ref());
             Ok(ListContainerStatsResponse { stats: stats::containers(&self.node, chosen).await? })
         };
         answer("ListContainerStats", "", work).await
@@ -385,8 +385,7 @@ impl RuntimeService for RuntimeApi {
     ) -> Reply<Self::StreamContainerStatsStream> {
         let filter = request.into_inner().filter;
         let work = async {
-            let chosen =
-                status::select_containers(&self.node.registry.snapshot(), filter.as_ref());
+            let chosen = status::select_containers(&self.node.registry.snapshot(), filter.as_ref());
             let stats = stats::containers(&self.node, chosen).await?;
             Ok(chunked(stats, |container_stats| StreamContainerStatsResponse { container_stats }))
         };
@@ -449,7 +448,8 @@ impl RuntimeService for RuntimeApi {
         &self,
         _: Request<ListMetricDescriptorsRequest>,
     ) -> Reply<ListMetricDescriptorsResponse> {
-        let work = async { Ok(ListMetricDescriptorsResponse { descriptors: metrics::descriptors() }) };
+        let work =
+            async { Ok(ListMetricDescriptorsResponse { descriptors: metrics::descriptors() }) };
         answer("ListMetricDescriptors", "", work).await
     }
 
@@ -459,7 +459,9 @@ impl RuntimeService for RuntimeApi {
     ) -> Reply<ListPodSandboxMetricsResponse> {
         let work = async {
             let pods = status::select_pods(&self.node.registry.snapshot(), None);
-            Ok(ListPodSandboxMetricsResponse { pod_metrics: metrics::pods(&self.node, pods).await? })
+            Ok(ListPodSandboxMetricsResponse {
+                pod_metrics: metrics::pods(&self.node, pods).await?,
+            })
         };
         answer("ListPodSandboxMetrics", "", work).await
     }

@@ -31,9 +31,9 @@ pub(crate) fn events(
 ) -> Messages<ContainerEventResponse> {
     let events = BroadcastStream::new(receiver).map(|event| match event {
         Ok(event) => Ok(event),
-        Err(BroadcastStreamRecvError::Lagged(lost)) => {
-            Err(Status::resource_exhausted(format!("too slow: {lost} events were not read in time")))
-        }
+        Err(BroadcastStreamRecvError::Lagged(lost)) => Err(Status::resource_exhausted(format!(
+            "too slow: {lost} events were not read in time"
+        ))),
     });
     // The first error ends the stream.
     Box::pin(events.scan(false, |ended, event| {

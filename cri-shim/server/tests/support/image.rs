@@ -7,8 +7,8 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 const APPLETS: [&str; 18] = [
-    "sh", "ls", "cat", "echo", "sleep", "true", "false", "id", "hostname", "touch", "kill",
-    "yes", "ps", "grep", "mount", "mkdir", "seq", "dd",
+    "sh", "ls", "cat", "echo", "sleep", "true", "false", "id", "hostname", "touch", "kill", "yes",
+    "ps", "grep", "mount", "mkdir", "seq", "dd",
 ];
 
 /// Writes a layout directory with one image.

@@ -1,6 +1,7 @@
 //! A real piniond with real parts, in directories of its own, and a small image for it.
 
 #![allow(dead_code, reason = "each test program uses a part of this")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
 pub(crate) mod image;
 
@@ -66,11 +67,7 @@ impl Server {
 
     /// Starts the program and waits until it answers; how long that took.
     pub(crate) async fn spawn(&mut self) -> Duration {
-        let log = fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.path("log"))
-            .unwrap();
+        let log = fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let began = Instant::now();
         let child = Command::new(env!("CARGO_BIN_EXE_piniond"))
             .arg("--config")
@@ -147,7 +144,8 @@ impl Server {
         found.extend(mounts.lines().filter(|l| l.contains(&marker)).map(str::to_string));
         for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
             let group = hierarchy.path().join(self.cgroup.trim_start_matches('/'));
-            if group.exists() && fs::read_dir(&group).unwrap().flatten().any(|e| e.path().is_dir()) {
+            if group.exists() && fs::read_dir(&group).unwrap().flatten().any(|e| e.path().is_dir())
+            {
                 found.push(group.display().to_string());
             }
         }
@@ -155,7 +153,9 @@ impl Server {
             let pid = process.file_name().to_string_lossy().into_owned();
             let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            if line.contains(&marker) && Some(pid.as_str()) != self.child.as_ref().map(|c| c.id().to_string()).as_deref() {
+            if line.contains(&marker)
+                && Some(pid.as_str()) != self.child.as_ref().map(|c| c.id().to_string()).as_deref()
+            {
                 found.push(format!("{pid} {line}"));
             }
         }
@@ -186,8 +186,11 @@ impl Drop for Server {
         }
         kill_groups(&self.cgroup);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let mut points: Vec<&str> =
-            mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&marker)).collect();
+        let mut points: Vec<&str> = mounts
+            .lines()
+            .filter_map(|l| l.split(' ').nth(4))
+            .filter(|p| p.starts_with(&marker))
+            .collect();
         points.reverse();
         for point in points {
             let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
@@ -284,7 +287,10 @@ pub(crate) fn shell(name: &str, script: &str) -> v1::ContainerConfig {
 pub(crate) struct Client(pub(crate) RuntimeServiceClient<Channel>);
 
 impl Client {
-    pub(crate) async fn run(&mut self, config: &v1::PodSandboxConfig) -> Result<String, tonic::Status> {
+    pub(crate) async fn run(
+        &mut self,
+        config: &v1::PodSandboxConfig,
+    ) -> Result<String, tonic::Status> {
         self.run_with(config, "").await
     }
 
@@ -331,7 +337,11 @@ impl Client {
         Ok(id)
     }
 
-    pub(crate) async fn stop(&mut self, container: &str, timeout: i64) -> Result<(), tonic::Status> {
+    pub(crate) async fn stop(
+        &mut self,
+        container: &str,
+        timeout: i64,
+    ) -> Result<(), tonic::Status> {
         let request = v1::StopContainerRequest { container_id: container.into(), timeout };
         self.0.stop_container(request).await.map(drop)
     }
@@ -351,9 +361,11 @@ impl Client {
         self.0.remove_pod_sandbox(request).await.map(drop)
     }
 
-    pub(crate) async fn status(&mut self, container: &str) -> Result<v1::ContainerStatus, tonic::Status> {
-        let request =
-            v1::ContainerStatusRequest { container_id: container.into(), verbose: false };
+    pub(crate) async fn status(
+        &mut self,
+        container: &str,
+    ) -> Result<v1::ContainerStatus, tonic::Status> {
+        let request = v1::ContainerStatusRequest { container_id: container.into(), verbose: false };
         Ok(self.0.container_status(request).await?.into_inner().status.unwrap())
     }
 

@@ -1,7 +1,7 @@
 //! `exec`
 
-use oci_spec::runtime::{Capability, Process};
-use pinion_container::config::ExecView;
+use oci_spec::runtime::Capability;
+use pinion_container::config::{ExecView, Process};
 use pinion_container::exec::{ExecOptions, Executed, exec, template};
 use pinion_container::foreground::{self, Signals};
 use pinion_container::{Error as ContainerError, capability, config, paths};
@@ -12,10 +12,12 @@ use crate::{Context, Error};
 pub(crate) fn run(context: &Context, args: &Exec) -> Result<i32, Error> {
     let view = template(&context.root, &args.id)?;
     let process = process(args, &view)?;
-    let terminal = process.terminal().unwrap_or(false);
+    let terminal = process.terminal;
     if let Some(path) = &args.console_socket {
         if !terminal {
-            return Err(Error::Usage("cannot use console socket if runc will not detach or allocate tty".into()));
+            return Err(Error::Usage(
+                "cannot use console socket if runc will not detach or allocate tty".into(),
+            ));
         }
         let console = paths::connect(path).map_err(ContainerError::from)?;
         let executed = begin(context, args, &process, &view, Some(console))?;
@@ -92,31 +94,27 @@ fn process(args: &Exec, view: &ExecView) -> Result<Process, Error> {
         return Err(missing());
     }
     let mut process = view.process.clone().ok_or_else(missing)?;
-    process.set_args(Some(args.command.clone())).set_terminal(Some(args.tty)).set_console_size(None);
+    process.args = Some(args.command.clone());
+    process.terminal = args.tty;
+    process.console_size = None;
     if let Some(cwd) = &args.cwd {
-        process.set_cwd(cwd.clone());
+        process.cwd.clone_from(cwd);
     }
-    if !args.env.is_empty() {
-        let mut env = process.env().clone().unwrap_or_default();
-        env.extend(args.env.iter().cloned());
-        process.set_env(Some(env));
+    process.env.get_or_insert_default().extend(args.env.iter().cloned());
+    if args.process_label.is_some() {
+        process.selinux_label.clone_from(&args.process_label);
     }
-    if let Some(label) = &args.process_label {
-        process.set_selinux_label(Some(label.clone()));
+    if args.apparmor.is_some() {
+        process.apparmor_profile.clone_from(&args.apparmor);
     }
-    if let Some(profile) = &args.apparmor {
-        process.set_apparmor_profile(Some(profile.clone()));
-    }
-    if args.no_new_privs {
-        process.set_no_new_privileges(Some(true));
-    }
+    process.no_new_privileges |= args.no_new_privs;
     set_user(&mut process, args)?;
     add_capabilities(&mut process, &args.cap)?;
     Ok(process)
 }
 
 fn set_user(process: &mut Process, args: &Exec) -> Result<(), Error> {
-    let mut user = process.user().clone();
+    let user = &mut process.user;
     if let Some(text) = &args.user {
         let (uid, gid) = parse_user(text)?;
         user.set_uid(uid);
@@ -129,7 +127,6 @@ fn set_user(process: &mut Process, args: &Exec) -> Result<(), Error> {
         groups.extend(&args.additional_gids);
         user.set_additional_gids(Some(groups));
     }
-    process.set_user(user);
     Ok(())
 }
 
@@ -157,7 +154,7 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<(), Error
         capability::parse(name).ok_or_else(|| Error::Usage(format!("unknown capability {name:?}")))
     };
     let added: Vec<Capability> = names.iter().map(parse).collect::<Result<_, _>>()?;
-    let mut sets = match process.capabilities() {
+    let mut sets = match &process.capabilities {
         Some(sets) => sets.clone(),
         None => serde_json::from_str("{}")
             .map_err(|error| Error::Usage(format!("capabilities: {error}")))?,
@@ -171,7 +168,7 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<(), Error
     let (bounding, effective, permitted) =
         (extended(sets.bounding()), extended(sets.effective()), extended(sets.permitted()));
     sets.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
-    process.set_capabilities(Some(sets));
+    process.capabilities = Some(sets);
     Ok(())
 }
 
@@ -183,7 +180,20 @@ mod tests {
     fn users_are_parsed_to_the_last_character() {
         assert_eq!(parse_user("1").unwrap(), (1, None));
         assert_eq!(parse_user("1:2").unwrap(), (1, Some(2)));
-        for bad in ["", "1:", ":1", "a", "1a", "+1", "-1", " 1", "4294967295", "4294967296", "1:2:3", "0x0"] {
+        for bad in [
+            "",
+            "1:",
+            ":1",
+            "a",
+            "1a",
+            "+1",
+            "-1",
+            " 1",
+            "4294967295",
+            "4294967296",
+            "1:2:3",
+            "0x0",
+        ] {
             assert!(parse_user(bad).is_err(), "{bad:?}");
         }
     }

@@ -22,8 +22,10 @@ pub(crate) fn run(context: &Context, args: &Run) -> Result<i32, Error> {
     }
     if !args.no_subreaper {
         let this = rustix::process::getpid();
-        rustix::process::set_child_subreaper(Some(this))
-            .map_err(|errno| Error::Io { what: "become a subreaper".into(), source: errno.into() })?;
+        rustix::process::set_child_subreaper(Some(this)).map_err(|errno| Error::Io {
+            what: "become a subreaper".into(),
+            source: errno.into(),
+        })?;
     }
     let signals = Signals::collect()?;
     if !wants_terminal(args)? {
@@ -39,7 +41,7 @@ pub(crate) fn run(context: &Context, args: &Run) -> Result<i32, Error> {
 fn wants_terminal(args: &Run) -> Result<bool, Error> {
     let view = config::load_exec_view(&args.create.bundle.join("config.json"))
         .map_err(ContainerError::from)?;
-    Ok(view.value.process.and_then(|process| process.terminal()).unwrap_or(false))
+    Ok(view.value.process.is_some_and(|process| process.terminal))
 }
 
 fn begin(

@@ -9,9 +9,7 @@ pub(crate) fn run(args: &Spec) -> Result<i32, Error> {
     let path = args.bundle.join("config.json");
     let failed = |source| Error::Io { what: format!("write {}", path.display()), source };
     if path.exists() {
-        return Err(Error::Usage(
-            "File config.json exists. Remove it first".into(),
-        ));
+        return Err(Error::Usage("File config.json exists. Remove it first".into()));
     }
     let mut document = template();
     if args.rootless {
@@ -32,9 +30,7 @@ fn umask() -> u32 {
 /// runc's starter configuration.
 fn template() -> Value {
     let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
-    let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
-        json!({ "destination": destination, "type": kind, "source": source, "options": options })
-    };
+    let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": source, "options": options });
     json!({
         "ociVersion": "1.2.0",
         "process": {

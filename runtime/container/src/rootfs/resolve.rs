@@ -90,6 +90,8 @@ impl Root {
     }
 
     fn directory_at_depth(&self, path: &Path, depth: u32) -> io::Result<OwnedFd> {
+        // The parent of a relative path's first component is the root itself.
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         match self.open(path, OFlags::PATH | OFlags::DIRECTORY, ResolveFlags::empty()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             other => return other,
@@ -184,6 +186,15 @@ mod tests {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let fd = rustix::fs::open(dir.path().join("root"), flags, Mode::empty()).unwrap();
         (dir, Root::new(fd))
+    }
+
+    #[test]
+    fn relative_paths_start_at_the_root() {
+        let (dir, root) = root();
+        root.directory(Path::new("a/b")).unwrap();
+        root.file(Path::new("c/d")).unwrap();
+        assert!(dir.path().join("root/a/b").is_dir());
+        assert!(dir.path().join("root/c/d").is_file());
     }
 
     #[test]

@@ -1,0 +1,291 @@
+//! Attacks by images, configurations and containers (rows A, B, C and D of the threat list).
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::bundle::{Bundle, eventually, is_pinion, runtime};
+
+/// A directory of the host that must not change.
+struct Sentinel {
+    directory: PathBuf,
+}
+
+impl Sentinel {
+    fn new(bundle: &Bundle) -> Self {
+        let directory = bundle.path().join("sentinel");
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::write(directory.join("ptmx"), "precious").unwrap();
+        Self { directory }
+    }
+
+    #[track_caller]
+    fn assert_untouched(&self) {
+        let names: Vec<_> =
+            std::fs::read_dir(&self.directory).unwrap().flatten().map(|e| e.file_name()).collect();
+        assert_eq!(names, ["ptmx"]);
+        assert_eq!(std::fs::read(self.directory.join("ptmx")).unwrap(), b"precious");
+    }
+}
+
+#[test]
+fn an_image_whose_dev_is_a_link_to_the_host_changes_nothing_there() {
+    for with_tmpfs in [false, true] {
+        for relative in [false, true] {
+            let mut bundle = Bundle::new("true");
+            let sentinel = Sentinel::new(&bundle);
+            let target = if relative {
+                Path::new("../../../../../../../../")
+                    .join(sentinel.directory.strip_prefix("/").unwrap())
+            } else {
+                sentinel.directory.clone()
+            };
+            std::fs::remove_dir(bundle.rootfs().join("dev")).unwrap();
+            symlink(target, bundle.rootfs().join("dev")).unwrap();
+            if !with_tmpfs {
+                let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+                mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+            }
+            let _ = bundle.run();
+            sentinel.assert_untouched();
+            bundle.assert_nothing_left();
+        }
+    }
+}
+
+#[test]
+fn proc_and_sys_must_be_ordinary_directories() {
+    for place in ["proc", "sys"] {
+        let mut bundle = Bundle::new("true");
+        bundle.mount("/sys", "sysfs", "sysfs", &["ro"]);
+        std::fs::remove_dir(bundle.rootfs().join(place)).unwrap();
+        std::fs::create_dir(bundle.rootfs().join("elsewhere")).unwrap();
+        symlink("elsewhere", bundle.rootfs().join(place)).unwrap();
+        bundle.write_config();
+        bundle.verb(&["create", &bundle.id]).fails_with("must be mounted on ordinary directory");
+        bundle.assert_nothing_left();
+    }
+}
+
+#[test]
+fn mountpoints_are_not_created_outside_the_root() {
+    let mut bundle = Bundle::new("true");
+    let sentinel = Sentinel::new(&bundle);
+    let rootfs = bundle.rootfs();
+    symlink(&sentinel.directory, rootfs.join("absolute")).unwrap();
+    symlink("../../../../../../../..", rootfs.join("up")).unwrap();
+    let below = sentinel.directory.strip_prefix("/").unwrap().to_str().unwrap().to_owned();
+    bundle.mount("/absolute/made", "tmpfs", "tmpfs", &[]);
+    bundle.mount(&format!("/up/{below}/made"), "tmpfs", "tmpfs", &[]);
+    bundle.mount("/absolute/file", "bind", "/etc/passwd", &["bind", "ro"]);
+    bundle.mount("/../../../../escape", "tmpfs", "tmpfs", &[]);
+    let outcome = bundle.run();
+    sentinel.assert_untouched();
+    assert!(!Path::new("/escape").exists());
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+}
+
+#[test]
+fn a_working_directory_through_a_descriptor_cannot_leave_the_container() {
+    let leaked: Vec<OwnedFd> = (0..16).map(|_| inheritable(Path::new("/"))).collect();
+    for number in 3..40 {
+        let mut bundle = Bundle::new("pwd; ls; ls ..");
+        bundle.config["process"]["cwd"] = json!(format!("/proc/self/fd/{number}"));
+        let outcome = bundle.run();
+        assert_ne!(outcome.code, Some(0), "{number}: {outcome:?}");
+    }
+    drop(leaked);
+}
+
+#[test]
+fn no_descriptor_of_the_caller_or_the_runtime_reaches_the_program() {
+    let leaked: Vec<OwnedFd> = (0..32).map(|_| inheritable(Path::new("/etc"))).collect();
+    let bundle = Bundle::new("ls /proc/$$/fd | tr '\\n' ' '; sleep 100");
+    bundle.write_config();
+    let out = bundle.path().join("out");
+    let mut command = bundle.command(&["run", "--detach", &bundle.id]);
+    let status = command.stdout(std::fs::File::create(&out).unwrap()).status().unwrap();
+    assert!(status.success());
+    eventually(|| !std::fs::read_to_string(&out).unwrap().is_empty());
+    assert_eq!(std::fs::read_to_string(&out).unwrap().trim(), "0 1 2");
+    let text = bundle.exec("ls /proc/$$/fd | tr '\\n' ' '").ok();
+    assert_eq!(text.trim(), "0 1 2");
+    drop(leaked);
+}
+
+#[test]
+fn promised_descriptors_are_passed_on_and_missing_ones_refused() {
+    let bundle = Bundle::new("cat <&3; ls /proc/$$/fd | wc -l");
+    bundle.write_config();
+    let file = bundle.path().join("passed");
+    std::fs::write(&file, "passed\n").unwrap();
+    let shell = format!("exec 3<{}; exec \"$0\" \"$@\"", file.display());
+    let mut command = std::process::Command::new("/bin/sh");
+    command.args(["-c", &shell]).arg(runtime()).arg("--root").arg(bundle.state_root());
+    command.args(["run", "--preserve-fds", "1", &bundle.id]).current_dir(bundle.path());
+    let outcome = crate::bundle::finish(&mut command, bundle.path());
+    assert_eq!(outcome.stdout.trim(), "passed\n4", "{outcome:?}");
+    let refused = bundle.verb(&["run", "--preserve-fds", "900", &bundle.id]);
+    assert_ne!(refused.code, Some(0));
+    bundle.assert_nothing_left();
+}
+
+#[test]
+fn listen_fds_are_range_checked() {
+    for value in ["-1", "0", "2147483647", "x"] {
+        let bundle = Bundle::new("echo fds=$LISTEN_FDS; ls /proc/$$/fd | wc -l");
+        bundle.write_config();
+        let mut command = bundle.command(&["run", &bundle.id]);
+        command.env("LISTEN_FDS", value);
+        let outcome = crate::bundle::finish(&mut command, bundle.path());
+        assert!(outcome.code != Some(0) || outcome.stdout == "fds=\n3\n", "{value}: {outcome:?}");
+    }
+}
+
+#[test]
+fn the_runtimes_own_executable_cannot_be_written_from_the_container() {
+    let bundle = Bundle::new("");
+    let copy = bundle.path().join("pinion-copy");
+    std::fs::copy(runtime(), &copy).unwrap();
+    let before = std::fs::read(&copy).unwrap();
+    let mut bundle = bundle;
+    bundle.config["process"]["args"] = json!(["/entry"]);
+    bundle.config["process"]["capabilities"] =
+        crate::bundle::capabilities(&["CAP_DAC_OVERRIDE", "CAP_SYS_PTRACE", "CAP_KILL"]);
+    let entry = bundle.rootfs().join("entry");
+    std::fs::write(&entry, "#!/proc/self/exe\n").unwrap();
+    set_executable(&entry);
+    bundle.write_config();
+    // The trick of the attack: what runs now is the runtime itself, inside the container.
+    let mut command = std::process::Command::new(&copy);
+    command.arg("--root").arg(bundle.state_root()).args(["run", &bundle.id]);
+    command.current_dir(bundle.path());
+    let _ = crate::bundle::finish(&mut command, bundle.path());
+    assert_eq!(std::fs::read(&copy).unwrap(), before);
+}
+
+#[test]
+fn a_process_entering_the_container_cannot_be_used_to_write_the_executable() {
+    if !is_pinion() {
+        return;
+    }
+    let mut bundle = Bundle::new(
+        "while true; do for p in /proc/[0-9]*; do \
+           case \"$(readlink $p/exe)\" in *pinion*) echo x >> $p/exe && echo WROTE >> /tmp/log;; esac; \
+         done 2>/dev/null; done",
+    );
+    bundle.config["process"]["capabilities"] = crate::bundle::capabilities(&[
+        "CAP_DAC_OVERRIDE",
+        "CAP_SYS_PTRACE",
+        "CAP_DAC_READ_SEARCH",
+        "CAP_KILL",
+    ]);
+    let copy = bundle.path().join("pinion-copy");
+    std::fs::copy(runtime(), &copy).unwrap();
+    let before = std::fs::read(&copy).unwrap();
+    bundle.launch();
+    for _ in 0..40 {
+        let mut command = std::process::Command::new(&copy);
+        command.arg("--root").arg(bundle.state_root()).args(["exec", &bundle.id, "/bin/true"]);
+        crate::bundle::finish(&mut command, bundle.path()).ok();
+    }
+    assert!(!bundle.rootfs().join("tmp/log").exists());
+    assert_eq!(std::fs::read(&copy).unwrap(), before);
+}
+
+#[test]
+fn a_bent_null_device_does_not_serve_as_a_mask() {
+    let mut bundle = Bundle::new("cat /secret");
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+    std::fs::write(bundle.rootfs().join("secret"), "secret").unwrap();
+    std::fs::write(bundle.rootfs().join("other"), "other").unwrap();
+    symlink("/other", bundle.rootfs().join("dev/null")).unwrap();
+    bundle.config["linux"]["maskedPaths"] = json!(["/secret"]);
+    let outcome = bundle.run();
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(!outcome.stdout.contains("secret") && !outcome.stdout.contains("other"));
+}
+
+#[test]
+fn a_faked_device_of_the_image_is_refused() {
+    if !is_pinion() {
+        return;
+    }
+    let mut bundle = Bundle::new("true");
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+    std::fs::write(bundle.rootfs().join("dev/zero"), "fake").unwrap();
+    bundle.write_config();
+    bundle.verb(&["create", &bundle.id]).fails_with("something else is in its place");
+    bundle.assert_nothing_left();
+}
+
+#[test]
+fn devices_outside_dev_are_refused() {
+    if !is_pinion() {
+        return;
+    }
+    for path in ["/dev/../etc/x", "/devil", "/dev", "relative"] {
+        let mut bundle = Bundle::new("true");
+        bundle.config["linux"]["devices"] =
+            json!([{ "path": path, "type": "c", "major": 1, "minor": 3 }]);
+        bundle.write_config();
+        bundle.verb(&["create", &bundle.id]).fails_with("must be below /dev");
+        bundle.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_recycled_process_id_is_not_mistaken_for_the_container() {
+    if !is_pinion() {
+        return;
+    }
+    let bundle = Bundle::new("true");
+    bundle.launch();
+    bundle.wait_for("stopped");
+    let path = bundle.state_root().join(&bundle.id).join("state.json");
+    let mut record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut stranger = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+    record["init"]["pid"] = stranger.id().into();
+    std::fs::write(&path, record.to_string()).unwrap();
+    assert_eq!(bundle.status(), "stopped");
+    bundle.verb(&["kill", &bundle.id, "KILL"]).fails_with("container not running");
+    bundle.verb(&["delete", "--force", &bundle.id]).ok();
+    assert!(stranger.try_wait().unwrap().is_none(), "the stranger was killed");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[test]
+fn a_runtime_killed_in_the_middle_leaves_what_delete_can_remove() {
+    if !is_pinion() {
+        return;
+    }
+    for delay in [1, 2, 4, 6, 8, 12, 16, 24] {
+        let bundle = Bundle::new("sleep 100");
+        bundle.write_config();
+        let mut create = bundle.command(&["create", &bundle.id]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(delay));
+        let _ = create.kill();
+        create.wait().unwrap();
+        bundle.verb(&["delete", "--force", &bundle.id]).ok();
+        bundle.assert_nothing_left();
+    }
+}
+
+fn set_executable(path: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// A descriptor that commands started from here inherit.
+fn inheritable(path: &Path) -> OwnedFd {
+    let file = std::fs::File::open(path).unwrap();
+    let copy = rustix::io::dup(&file).unwrap();
+    assert!(copy.as_raw_fd() > 2);
+    copy
+}
