@@ -1,7 +1,7 @@
 //! critest against a CRI server: every failed and skipped spec by name, then one line of
 //! totals, and a verdict from the committed list of specs that pass.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -73,7 +73,7 @@ struct Failure {
     message: String,
 }
 
-#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
 enum Outcome {
     Passed,
     Failed,
@@ -268,24 +268,19 @@ fn specs(reports: &[Report]) -> impl Iterator<Item = (&Spec, Outcome)> {
 
 /// Names what did not pass and compares with the committed list.
 fn judge(reports: &[Report], options: &Options) -> Result<()> {
-    let mut failed = BTreeSet::new();
-    let mut passed = BTreeSet::new();
+    let mut named: BTreeMap<Outcome, BTreeSet<String>> = BTreeMap::new();
     for (spec, outcome) in specs(reports) {
-        let reason = || spec.failure.message.lines().next().unwrap_or_default().to_owned();
+        let reason = spec.failure.message.lines().next().unwrap_or_default();
         match outcome {
-            Outcome::Passed => {
-                passed.insert(spec.name());
-            }
-            Outcome::Failed => {
-                println!("FAILED  {}\n        {}", spec.name(), reason());
-                failed.insert(spec.name());
-            }
-            Outcome::Skipped => println!("skipped {}\n        {}", spec.name(), reason()),
-            Outcome::Unselected => {}
+            Outcome::Failed => println!("FAILED  {}\n        {reason}", spec.name()),
+            Outcome::Skipped => println!("skipped {}\n        {reason}", spec.name()),
+            Outcome::Passed | Outcome::Unselected => {}
         }
+        named.entry(outcome).or_default().insert(spec.name());
     }
+    let names = |outcome| named.get(&outcome).cloned().unwrap_or_default();
     if let Some(path) = &options.write_passed {
-        let text: String = passed.iter().map(|name| format!("{name}\n")).collect();
+        let text: String = names(Outcome::Passed).iter().map(|name| format!("{name}\n")).collect();
         fs::write(path, text).during(|| format!("write {}", path.display()))?;
     }
     let setup_failed = reports
@@ -293,12 +288,31 @@ fn judge(reports: &[Report], options: &Options) -> Result<()> {
         .flat_map(|report| &report.spec_reports)
         .any(|spec| spec.leaf_node_type != "It" && spec.outcome() == Outcome::Failed);
     ensure(!setup_failed, || "critest could not set itself up".into())?;
-    ensure(!(passed.is_empty() && failed.is_empty()), || "critest ran no spec".into())?;
-    let broken: Vec<&String> =
-        failed.iter().filter(|name| options.all || expected().contains(name.as_str())).collect();
+    let failed = names(Outcome::Failed);
+    ensure(!failed.is_empty() || named.contains_key(&Outcome::Passed), || {
+        "critest ran no spec".into()
+    })?;
+    let mut broken = missed(&expected(), &named);
+    if options.all {
+        broken.extend(failed);
+    }
     ensure(broken.is_empty(), || {
-        format!("{} specs that must pass failed, first {:?}", broken.len(), broken[0])
+        let list: Vec<String> = broken.iter().map(|name| format!("\n  {name}")).collect();
+        format!("{} specs that must pass did not:{}", broken.len(), list.concat())
     })
+}
+
+/// The expected specs that neither passed nor were left out on request. One that critest
+/// does not know at all counts: a renamed spec must not go unnoticed.
+fn missed(
+    expected: &BTreeSet<&str>,
+    named: &BTreeMap<Outcome, BTreeSet<String>>,
+) -> BTreeSet<String> {
+    let fine = [Outcome::Passed, Outcome::Unselected];
+    let is_fine = |name: &str| {
+        fine.iter().any(|outcome| named.get(outcome).is_some_and(|names| names.contains(name)))
+    };
+    expected.iter().filter(|name| !is_fine(name)).map(|name| (*name).to_owned()).collect()
 }
 
 fn expected() -> BTreeSet<&'static str> {
@@ -333,6 +347,17 @@ mod tests {
     #[test]
     fn specs_left_out_by_focus_are_not_counted_as_skipped() {
         assert_eq!(summary(&report()), "1 passed, 1 failed, 1 skipped");
+    }
+
+    #[test]
+    fn an_expected_spec_that_critest_does_not_know_is_missed() {
+        let named = BTreeMap::from([
+            (Outcome::Passed, BTreeSet::from(["a".to_owned()])),
+            (Outcome::Unselected, BTreeSet::from(["b".to_owned()])),
+            (Outcome::Skipped, BTreeSet::from(["c".to_owned()])),
+        ]);
+        let missed = missed(&BTreeSet::from(["a", "b", "c", "d"]), &named);
+        assert_eq!(missed, BTreeSet::from(["c".to_owned(), "d".to_owned()]));
     }
 
     #[test]

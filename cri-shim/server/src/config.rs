@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,9 @@ pub struct Server {
     pub run_dir: PathBuf,
     /// The CRI and admin socket; `piniond.sock` in `run_dir` when empty.
     pub socket: PathBuf,
+    /// Where kubelet's clients connect for exec, attach and port-forward; port 0 takes any
+    /// free one.
+    pub stream_address: SocketAddr,
     /// Group that may use the socket besides root; the mode is then 0660 instead of 0600.
     pub socket_group: Option<u32>,
 }
@@ -51,6 +55,7 @@ impl Default for Server {
             root: "/var/lib/pinion".into(),
             run_dir: "/run/pinion".into(),
             socket: PathBuf::new(),
+            stream_address: SocketAddr::from(([127, 0, 0, 1], 0)),
             socket_group: None,
         }
     }
@@ -103,8 +108,6 @@ pub struct Runtime {
     pub pids_limit: i64,
     /// Bytes of a line before the log gets it as a partial one.
     pub max_log_line: u64,
-    /// Default seccomp profile in OCI JSON; the built-in one when empty.
-    pub seccomp_profile: PathBuf,
 }
 
 impl Default for Runtime {
@@ -118,7 +121,6 @@ impl Default for Runtime {
             shm_size: 64 << 20,
             pids_limit: 0,
             max_log_line: 16 << 10,
-            seccomp_profile: PathBuf::new(),
         }
     }
 }

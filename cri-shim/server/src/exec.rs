@@ -5,6 +5,7 @@
 //! dropped: the command must neither block on a full pipe nor fill the server's memory.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -72,12 +73,8 @@ async fn run(
     cmd: Vec<String>,
     timeout: Duration,
 ) -> Result<ExecSyncResponse> {
-    let number = EXECS.fetch_add(1, Ordering::Relaxed);
-    let exec_id = format!("exec-{number}");
-    let process = directory.path().join(format!("{exec_id}.json"));
-    let path = process.clone();
     let text = cmd.join(" ");
-    blocking(move || write_process(&directory, &path, &cmd)).await?;
+    let (exec_id, process) = prepare(directory, cmd, false).await?;
     let exec = message::Exec {
         id: container,
         exec_id,
@@ -98,26 +95,41 @@ async fn run(
     Ok(ExecSyncResponse { stdout, stderr, exit_code: exited.code })
 }
 
-/// The OCI process of an exec: that of the container, with other arguments and no terminal.
+/// Writes the OCI process of a command; gives its id and the file.
+pub(crate) async fn prepare(
+    directory: ContainerDirectory,
+    cmd: Vec<String>,
+    terminal: bool,
+) -> Result<(String, PathBuf)> {
+    let exec_id = format!("exec-{}", EXECS.fetch_add(1, Ordering::Relaxed));
+    let file = directory.path().join(format!("{exec_id}.json"));
+    let path = file.clone();
+    blocking(move || write_process(&directory, &path, &cmd, terminal)).await?;
+    Ok((exec_id, file))
+}
+
+/// The OCI process of an exec: that of the container, with other arguments.
 fn write_process(
     directory: &ContainerDirectory,
     path: &std::path::Path,
     cmd: &[String],
+    terminal: bool,
 ) -> Result<()> {
     let config = directory.config();
     let what = || format!("read {}", config.display());
     let bytes = std::fs::read(&config).context(what)?;
     let mut spec: Value = serde_json::from_slice(&bytes).context(what)?;
-    let process = exec_process(spec.get_mut("process").map(Value::take).unwrap_or_default(), cmd)
+    let process = spec.get_mut("process").map(Value::take).unwrap_or_default();
+    let process = exec_process(process, cmd, terminal)
         .ok_or_else(|| Error::internal(format!("{} has no process", config.display())))?;
     pinion_sys::atomic_file::write_volatile(path, process.to_string().as_bytes(), 0o600)
         .context(|| format!("write {}", path.display()))
 }
 
-fn exec_process(mut process: Value, cmd: &[String]) -> Option<Value> {
+fn exec_process(mut process: Value, cmd: &[String], terminal: bool) -> Option<Value> {
     let fields = process.as_object_mut()?;
     fields.insert("args".into(), json!(cmd));
-    fields.insert("terminal".into(), json!(false));
+    fields.insert("terminal".into(), json!(terminal));
     fields.remove("consoleSize");
     // A container that may not be OOM-killed easily is no reason for its probes not to be.
     fields.remove("oomScoreAdj");
@@ -208,12 +220,12 @@ mod tests {
             "terminal": true, "consoleSize": {"height": 1, "width": 1},
             "user": {"uid": 5, "gid": 6}, "args": ["init"], "cwd": "/x", "oomScoreAdj": -998,
         });
-        let exec = exec_process(process, &["ls".into(), "-l".into()]).unwrap();
+        let exec = exec_process(process, &["ls".into(), "-l".into()], false).unwrap();
         let expected = json!({
             "terminal": false, "user": {"uid": 5, "gid": 6}, "args": ["ls", "-l"], "cwd": "/x",
         });
         assert_eq!(exec, expected);
-        assert!(exec_process(Value::Null, &[]).is_none());
+        assert!(exec_process(Value::Null, &[], false).is_none());
     }
 
     #[test]

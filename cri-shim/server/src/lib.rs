@@ -42,6 +42,7 @@ mod services;
 mod signals;
 mod stats;
 mod status;
+mod streaming;
 mod ticket;
 mod wire;
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::error::{Error, Result};
 use crate::ids;
@@ -90,6 +90,7 @@ fn find<'a, V>(map: &'a BTreeMap<String, V>, id: &str, what: &str) -> Result<(&'
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     latest: RwLock<Arc<Snapshot>>,
+    changes: watch::Sender<()>,
 }
 
 impl Registry {
@@ -118,6 +119,13 @@ impl Registry {
     fn change(&self, edit: impl FnOnce(&mut Snapshot)) {
         let mut latest = self.latest.write().unwrap_or_else(PoisonError::into_inner);
         edit(Arc::make_mut(&mut latest));
+        drop(latest);
+        self.changes.send_replace(());
+    }
+
+    /// Tells of every change of the snapshot after the call.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 }
 

@@ -27,6 +27,7 @@ use crate::node::{Node, Parts};
 use crate::paths::Paths;
 use crate::programs::Programs;
 use crate::services::{AdminApi, DeadlineLayer, ImageApi, MAX_MESSAGE, RuntimeApi};
+use crate::streaming::Streams;
 use crate::{logging, recovery};
 
 /// Event loop threads: the work is in the monitors and in blocking calls, not here.
@@ -141,7 +142,11 @@ async fn serve(node: Arc<Node>, began: Instant) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context(|| "watch SIGINT".to_string())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
 
-    let runtime = RuntimeServiceServer::new(RuntimeApi::new(node.clone()))
+    let streams = Arc::new(Streams(node.clone()));
+    let streams = pinion_streaming::Server::listen(node.config.server.stream_address, streams)
+        .await
+        .context(|| "serve streams".to_string())?;
+    let runtime = RuntimeServiceServer::new(RuntimeApi::new(node.clone(), streams))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
     let image = ImageServiceServer::new(ImageApi::new(node.clone()))

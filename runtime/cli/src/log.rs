@@ -19,22 +19,18 @@ impl Log {
         Self { file: global.log.clone(), format: global.log_format }
     }
 
-    /// The one error an invocation ends with. People read standard error, clients the file.
+    /// The one error an invocation ends with. People (and clients that know no better) read
+    /// the plain text on standard error, clients of runc the file.
     pub(crate) fn error(&self, message: &str) {
-        match &self.file {
-            Some(_) => {
-                self.append("error", message);
-                eprintln!("{message}");
-            }
-            None => eprint!("{}", self.line("error", message)),
-        }
+        self.append("error", message);
+        eprintln!("{message}");
     }
 
     /// Something that was left out or went wrong without being fatal.
     pub(crate) fn warn(&self, message: &str) {
         match &self.file {
             Some(_) => self.append("warning", message),
-            None => eprint!("{}", self.line("warning", message)),
+            None => eprintln!("warning: {message}"),
         }
     }
 

@@ -33,6 +33,8 @@ enum Error {
     Container(#[from] pinion_container::Error),
     #[error("cgroup")]
     Cgroup(#[from] pinion_cgroup::Error),
+    #[error("exec failed")]
+    Exec(#[source] pinion_container::Error),
     #[error("{0}")]
     Usage(String),
     #[error("{what}")]
@@ -42,6 +44,8 @@ enum Error {
         source: std::io::Error,
     },
 }
+
+const EXEC_FAILED: u8 = 255;
 
 fn main() -> ExitCode {
     if enters_a_container() {
@@ -66,7 +70,9 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),
         Err(error) => {
             context.log.error(&chain(&error));
-            ExitCode::FAILURE
+            // As runc: callers tell a failed exec from a program that ended with 1.
+            let code = if matches!(error, Error::Exec(_)) { EXEC_FAILED } else { 1 };
+            ExitCode::from(code)
         }
     }
 }

@@ -69,7 +69,7 @@ fn arguments(qemu: &mut Command, parts: &Parts, payload: &Path, dir: &Path, job:
         .arg(tree.join("usr/share/seabios"));
     // never KVM: where this is nested and emulated in software, a kernel does not boot in
     // practical time
-    qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"])
+    qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,topoext=on"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-m", &format!("{}M", job.memory)])
         .args(["-smp", "8,sockets=2,cores=2,threads=2"])

@@ -3,5 +3,5 @@
 mod client;
 mod process;
 
-pub(crate) use client::{Client, Notice, unexpected};
+pub(crate) use client::{Answers, Client, Notice, unexpected};
 pub(crate) use process::{Invocation, end, pid, start};

@@ -10,19 +10,20 @@ use super::streams::{self, Messages, chunked};
 use super::{Shared, answer, unbuilt};
 use crate::error::{Error, Result};
 use crate::pod::{self, Command};
-use crate::{exec, info, metrics, stats, status};
+use crate::{exec, info, metrics, stats, status, streaming};
 
 /// The service.
 #[derive(Debug, Clone)]
 pub(crate) struct RuntimeApi {
     node: Shared,
+    streams: pinion_streaming::Server,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
 
 impl RuntimeApi {
-    pub(crate) fn new(node: Shared) -> Self {
-        Self { node }
+    pub(crate) fn new(node: Shared, streams: pinion_streaming::Server) -> Self {
+        Self { node, streams }
     }
 
     /// Hands a command to the actor of the container's pod and waits for its answer.
@@ -336,16 +337,26 @@ impl RuntimeService for RuntimeApi {
         answer("ExecSync", &id, exec::sync(&self.node, request)).await
     }
 
-    async fn exec(&self, _: Request<ExecRequest>) -> Reply<ExecResponse> {
-        unbuilt("Exec")
+    async fn exec(&self, request: Request<ExecRequest>) -> Reply<ExecResponse> {
+        let request = request.into_inner();
+        let id = request.container_id.clone();
+        answer("Exec", &id, async { streaming::exec(&self.node, &self.streams, request) }).await
     }
 
-    async fn attach(&self, _: Request<AttachRequest>) -> Reply<AttachResponse> {
-        unbuilt("Attach")
+    async fn attach(&self, request: Request<AttachRequest>) -> Reply<AttachResponse> {
+        let request = request.into_inner();
+        let id = request.container_id.clone();
+        answer("Attach", &id, async { streaming::attach(&self.node, &self.streams, request) }).await
     }
 
-    async fn port_forward(&self, _: Request<PortForwardRequest>) -> Reply<PortForwardResponse> {
-        unbuilt("PortForward")
+    async fn port_forward(
+        &self,
+        request: Request<PortForwardRequest>,
+    ) -> Reply<PortForwardResponse> {
+        let request = request.into_inner();
+        let id = request.pod_sandbox_id.clone();
+        let work = async { streaming::port_forward(&self.node, &self.streams, &request) };
+        answer("PortForward", &id, work).await
     }
 
     async fn container_stats(

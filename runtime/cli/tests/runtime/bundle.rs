@@ -48,7 +48,8 @@ impl Outcome {
     #[track_caller]
     pub(crate) fn fails_with(&self, text: &str) {
         assert!(self.code.is_some_and(|code| code != 0), "{self:?}");
-        assert!(self.stderr.contains(text), "{self:?} lacks {text:?}");
+        let message = self.stderr.replace("\\\"", "\"");
+        assert!(message.contains(text), "{self:?} lacks {text:?}");
     }
 }
 
@@ -189,6 +190,10 @@ impl Bundle {
 impl Drop for Bundle {
     fn drop(&mut self) {
         let _ = self.command(&["delete", "--force", &self.id]).stderr(Stdio::null()).status();
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            // Goes with the last test that uses it.
+            let _ = std::fs::remove_dir(hierarchy.path().join("pinion-test"));
+        }
     }
 }
 

@@ -85,7 +85,7 @@ fn statistics_have_the_shape_clients_parse() {
     assert_eq!(event["id"], bundle.id.as_str());
     let data = &event["data"];
     assert!(data["cpu"]["usage"]["total"].as_u64().unwrap() > 0, "{data}");
-    assert_eq!(data["pids"]["current"], 1);
+    assert!(data["pids"]["current"].as_u64().unwrap() >= 1, "{data}");
     for part in ["memory", "blkio", "hugetlb", "intel_rdt"] {
         assert!(data[part].is_object(), "{part}");
     }

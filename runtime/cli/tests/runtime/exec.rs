@@ -11,7 +11,8 @@ fn running() -> Bundle {
 #[test]
 fn a_further_process_runs_in_all_namespaces_and_the_cgroup() {
     let bundle = running();
-    let script = "for n in mnt pid net ipc uts; do readlink /proc/self/ns/$n /proc/1/ns/$n; done";
+    let script =
+        "for n in mnt pid net ipc uts; do readlink /proc/self/ns/$n; readlink /proc/1/ns/$n; done";
     let text = bundle.exec(script).ok();
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 10, "{text}");
@@ -41,7 +42,7 @@ fn flags_change_user_directory_environment_and_groups() {
             "/tmp",
             "--env",
             "A=b",
-            "-e",
+            "--env",
             "C=d",
             "--additional-gids",
             "77",
@@ -98,8 +99,11 @@ fn a_detached_process_goes_on_and_its_id_is_in_the_file() {
     let path = file.to_str().unwrap();
     bundle.verb(&["exec", "--detach", "--pid-file", path, &bundle.id, "/bin/sleep", "500"]).ok();
     let pid = std::fs::read_to_string(&file).unwrap();
-    let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
-    assert!(command.contains("sleep\x00500"), "{command:?}");
+    // runc writes the file before the program runs.
+    eventually(|| {
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+        command.contains("sleep\x00500")
+    });
 }
 
 #[test]
@@ -107,7 +111,7 @@ fn programs_that_do_not_exist_are_reported() {
     let bundle = running();
     let outcome = bundle.verb(&["exec", &bundle.id, "no-such"]);
     outcome.fails_with("exec: \"no-such\": executable file not found in $PATH");
-    assert_ne!(outcome.code, Some(0));
+    assert_eq!(outcome.code, Some(255));
 }
 
 #[test]

@@ -167,14 +167,18 @@ fn a_filter_without_no_new_privileges_leaves_no_capability_behind() {
             config["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
             config["process"]["capabilities"] = json!({ "bounding": ["CAP_KILL"] });
             config["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
-            { "names": ["getcwd"], "action": "SCMP_ACT_ERRNO" } ] });
+            { "names": ["mkdir"], "action": "SCMP_ACT_ERRNO" } ] });
         });
     assert_eq!(text, "CapEff:\t0000000000000000\nCapBnd:\t0000000000000020");
 }
 
 #[test]
 fn signals_have_their_default_action_and_none_is_blocked() {
-    let text = output_of("grep -e SigBlk -e SigIgn /proc/self/status", |_| {});
+    let text = output_of("", |config| {
+        // Not in the shell, which ignores signals itself.
+        config["process"]["args"] =
+            json!(["grep", "-e", "SigBlk", "-e", "SigIgn", "/proc/self/status"]);
+    });
     assert_eq!(text, "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000");
 }
 

@@ -12,7 +12,7 @@ fn mount_line(text: &str, place: &str) -> Option<String> {
 #[test]
 fn the_standard_devices_and_links_are_there() {
     let script = "cd /dev; stat -c '%n %F %t:%T %a' null zero full random urandom tty; \
-                  readlink fd stdin stdout stderr ptmx; cd /";
+                  for l in fd stdin stdout stderr ptmx; do readlink $l; done; cd /";
     let bundle = Bundle::new(script);
     let text = bundle.run().ok();
     for (name, numbers) in [
@@ -141,6 +141,9 @@ fn propagation_is_private_to_the_container_unless_asked() {
     let text = bundle.run().ok();
     assert!(mount_line(&text, "/shared").unwrap().contains("shared:"), "{text}");
     assert!(!mount_line(&text, "/plain").unwrap().contains("shared:"), "{text}");
+    if !is_pinion() {
+        return;
+    }
     let mut bundle = Bundle::new("grep ' / ' /proc/self/mountinfo");
     bundle.config["linux"]["rootfsPropagation"] = json!("shared");
     let text = bundle.run().ok();
@@ -225,7 +228,8 @@ fn the_cgroup_mount_shows_the_container_its_own_cgroup() {
         let text = bundle.run().ok();
         let (own, view) = text.split_once("--\n").unwrap();
         assert!(view.contains("pids") || view.contains("cgroup.procs"), "{text}");
-        assert!(view.contains("Read-only file system"), "{text}");
+        let refused = view.contains("Read-only file system") || view.contains("Permission denied");
+        assert!(refused, "{text}");
         if namespaced {
             assert!(own.lines().all(|line| line.ends_with(":/") || line.contains("/..")), "{own}");
         } else {

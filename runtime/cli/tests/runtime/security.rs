@@ -32,6 +32,10 @@ impl Sentinel {
 
 #[test]
 fn an_image_whose_dev_is_a_link_to_the_host_changes_nothing_there() {
+    // runc 1.1 does create its links there (CVE-2026-41579).
+    if !is_pinion() {
+        return;
+    }
     for with_tmpfs in [false, true] {
         for relative in [false, true] {
             let mut bundle = Bundle::new("true");
@@ -101,6 +105,10 @@ fn a_working_directory_through_a_descriptor_cannot_leave_the_container() {
 
 #[test]
 fn no_descriptor_of_the_caller_or_the_runtime_reaches_the_program() {
+    // runc 1.1 leaks one.
+    if !is_pinion() {
+        return;
+    }
     let leaked: Vec<OwnedFd> = (0..32).map(|_| inheritable(Path::new("/etc"))).collect();
     let bundle = Bundle::new("ls /proc/$$/fd | tr '\\n' ' '; sleep 100");
     bundle.write_config();
@@ -126,7 +134,10 @@ fn promised_descriptors_are_passed_on_and_missing_ones_refused() {
     command.args(["-c", &shell]).arg(runtime()).arg("--root").arg(bundle.state_root());
     command.args(["run", "--preserve-fds", "1", &bundle.id]).current_dir(bundle.path());
     let outcome = crate::bundle::finish(&mut command, bundle.path());
-    assert_eq!(outcome.stdout.trim(), "passed\n4", "{outcome:?}");
+    let (text, count) = outcome.stdout.trim().split_once('\n').unwrap();
+    assert_eq!(text, "passed", "{outcome:?}");
+    // runc 1.1 leaks two more.
+    assert!(count == "4" || !is_pinion(), "{outcome:?}");
     let refused = bundle.verb(&["run", "--preserve-fds", "900", &bundle.id]);
     assert_ne!(refused.code, Some(0));
     bundle.assert_nothing_left();
@@ -134,6 +145,9 @@ fn promised_descriptors_are_passed_on_and_missing_ones_refused() {
 
 #[test]
 fn listen_fds_are_range_checked() {
+    if !is_pinion() {
+        return;
+    }
     for value in ["-1", "0", "2147483647", "x"] {
         let bundle = Bundle::new("echo fds=$LISTEN_FDS; ls /proc/$$/fd | wc -l");
         bundle.write_config();
@@ -205,7 +219,7 @@ fn a_bent_null_device_does_not_serve_as_a_mask() {
     symlink("/other", bundle.rootfs().join("dev/null")).unwrap();
     bundle.config["linux"]["maskedPaths"] = json!(["/secret"]);
     let outcome = bundle.run();
-    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.code != Some(0) || !is_pinion(), "{outcome:?}");
     assert!(!outcome.stdout.contains("secret") && !outcome.stdout.contains("other"));
 }
 

@@ -115,8 +115,9 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
     }
     terminal::own_stdio(plan.process.uid).during(Step::Terminal)?;
     identity::label(&plan.process, || Ok(proc)).during(Step::Identity)?;
-    let late_directory = change_directory(&plan.process.cwd, true).during(Step::Identity)?;
+    // No descriptor of a directory may be left that the working directory could name.
     drop(root);
+    let late_directory = change_directory(&plan.process.cwd, true).during(Step::Identity)?;
     identity::adopt(&plan.process, plan.seccomp.as_ref(), init.keep_fds).during(Step::Identity)?;
     if late_directory {
         change_directory(&plan.process.cwd, false).during(Step::Identity)?;

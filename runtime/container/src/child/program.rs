@@ -22,9 +22,6 @@ pub(crate) fn find(name: &str, search_path: &str) -> Result<CString, Failure> {
             Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
                 Err(error).doing(|| format!("{name:?}"))
             }
-            Err(error) if error.raw_os_error() == Some(libc::EISDIR) => {
-                Err(error).doing(|| format!("{name:?}"))
-            }
             Err(error) => Err(error).doing(|| format!("{name:?}: stat {name}")),
         };
     }
@@ -47,7 +44,8 @@ pub(crate) fn find(name: &str, search_path: &str) -> Result<CString, Failure> {
 fn executable(path: &Path) -> io::Result<()> {
     let stat = rustix::fs::stat(path)?;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+        // As execve would say, and what callers turn into the exit code 126.
+        return Err(io::Error::from_raw_os_error(libc::EACCES));
     }
     match rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS) {
         // Before faccessat2 (Linux 5.8) the mode bits must do; execve decides anyway.
@@ -110,7 +108,7 @@ mod tests {
         assert_eq!(text("no-such"), "\"no-such\": executable file not found in $PATH");
         assert_eq!(text("/no/such"), "\"/no/such\": stat /no/such: no such file or directory");
         assert_eq!(text("/etc/passwd"), "\"/etc/passwd\": permission denied");
-        assert_eq!(text("/etc"), "\"/etc\": is a directory");
+        assert_eq!(text("/etc"), "\"/etc\": permission denied");
     }
 
     #[test]

@@ -154,6 +154,9 @@ fn dangling_target(parent: &OwnedFd, path: &Path, name: &Path, depth: u32) -> io
 
 fn split(path: &Path) -> io::Result<(&Path, &Path)> {
     match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) if parent.as_os_str().is_empty() => {
+            Ok((Path::new("."), Path::new(name)))
+        }
         (Some(parent), Some(name)) => Ok((parent, Path::new(name))),
         _ => Err(io::ErrorKind::NotFound.into()),
     }
@@ -206,6 +209,7 @@ mod tests {
         root.directory(Path::new("/absolute/made")).unwrap();
         root.file(Path::new("/relative/file")).unwrap();
         root.directory(Path::new("/../../outside/up")).unwrap();
+        root.directory(Path::new("relative/deep")).unwrap();
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
         let inside = dir.path().join("root").join(outside.strip_prefix("/").unwrap());
         assert!(inside.join("made").is_dir());
