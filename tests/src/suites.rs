@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use crate::assets;
 use crate::error::{During, Result, ensure};
 
 /// A suite: what it is called, and the harness's arguments for it.
@@ -32,13 +33,39 @@ pub(crate) fn in_node() -> Result<()> {
     run(&IN_NODE, Vec::new())
 }
 
-/// Runs everything; in a source tree the unit tests too.
+/// What runs only in a source tree, before the harness's own suites.
+const IN_SOURCE: [(&str, &[&str]); 5] = [
+    ("format", &["cargo", "fmt", "--all", "--", "--check"]),
+    (
+        "lints",
+        &[
+            "cargo",
+            "clippy",
+            "--release",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-Dwarnings",
+        ],
+    ),
+    ("layering", &["tests/layering.sh"]),
+    ("unit tests", &["cargo", "test", "--release", "--locked", "--workspace", "--no-fail-fast"]),
+    ("podman and containerd on pinion", &["tests/clients/run.sh"]),
+];
+
+/// Runs everything; in a source tree the checks and tests of the sources too.
 pub(crate) fn all() -> Result<()> {
     let mut first = Vec::new();
     if Path::new("Cargo.toml").exists() {
-        let mut cargo = Command::new("cargo");
-        cargo.args(["test", "--release", "--locked", "--workspace"]);
-        first.push(("unit tests", cargo));
+        for (name, words) in IN_SOURCE {
+            let mut command = Command::new(words[0]);
+            command.args(&words[1..]);
+            if name == "podman and containerd on pinion" {
+                command.arg(assets::binary("pinion")?);
+            }
+            first.push((name, command));
+        }
     }
     run(&ALL, first)
 }

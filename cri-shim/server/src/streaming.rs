@@ -57,10 +57,7 @@ pub(crate) fn attach(
     let (_, container) = running(node, &container_id)?;
     if tty != container.config.tty {
         let has = if container.config.tty { "a" } else { "no" };
-        return Err(Error::invalid(format!(
-            "tty: container {} has {has} terminal",
-            container.id
-        )));
+        return Err(Error::invalid(format!("tty: container {} has {has} terminal", container.id)));
     }
     let container = container.id.clone();
     let session = Session::Attach { container, tty, stdin, stdout, stderr };

@@ -7,7 +7,9 @@
 
 use prost::Message as _;
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorProto, FileDescriptorSet};
-use prost_types::{FieldDescriptorProto, field_descriptor_proto::Label, field_descriptor_proto::Type};
+use prost_types::{
+    FieldDescriptorProto, field_descriptor_proto::Label, field_descriptor_proto::Type,
+};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 

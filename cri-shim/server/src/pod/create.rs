@@ -45,6 +45,7 @@ pub(crate) async fn create(
     let early = |error| Failed { error, left: None };
     let (planned, decision) = plan(context, id, config).await.map_err(early)?;
     let (intent, grants) = reserve(context, &planned, &decision).await.map_err(early)?;
+    let planned = steer(planned, &grants);
     let decision = decision.with_grants(&grants);
     let outcome = match steps(context, &planned, &decision).await {
         Ok(created) => {
@@ -103,6 +104,24 @@ async fn plan(
         ..Default::default()
     };
     Ok((record, decision))
+}
+
+/// Binds a container that named no memory nodes to those its hugepages were granted on: the
+/// kernel's own choice would be any node, and the pages there may be promised to others.
+fn steer(mut planned: Container, grants: &[pinion_placement::Grant]) -> Container {
+    if grants.is_empty() || !planned.contract.mems.is_empty() {
+        return planned;
+    }
+    let nodes: std::collections::BTreeSet<String> =
+        grants.iter().map(|grant| grant.node.to_string()).collect();
+    let list = nodes.into_iter().collect::<Vec<_>>().join(",");
+    if let (Ok(mems), Some(linux)) = (list.parse(), &mut planned.config.0.linux) {
+        let resources = linux.resources.get_or_insert_default();
+        resources.cpuset_mems.clone_from(&list);
+        planned.resources.0.cpuset_mems = list;
+        planned.contract.mems = mems;
+    }
+    planned
 }
 
 /// Where the container's log goes: below the pod's log directory, whatever the request says.

@@ -23,8 +23,7 @@ pub(crate) use image::ImageApi;
 pub(crate) use runtime::RuntimeApi;
 
 /// RPCs that are not built; they answer `Unimplemented`. The list may only shrink.
-pub const UNBUILT: &[&str] =
-    &["CheckpointContainer", "CheckpointPod", "RestorePod"];
+pub const UNBUILT: &[&str] = &["CheckpointContainer", "CheckpointPod", "RestorePod"];
 
 /// Longest message in either direction. Kubelet accepts no more.
 pub(crate) const MAX_MESSAGE: usize = 16 << 20;

@@ -110,7 +110,9 @@ fn no_descriptor_of_the_caller_or_the_runtime_reaches_the_program() {
         return;
     }
     let leaked: Vec<OwnedFd> = (0..32).map(|_| inheritable(Path::new("/etc"))).collect();
-    let bundle = Bundle::new("ls /proc/$$/fd | tr '\\n' ' '; sleep 100");
+    // The inner shell lists the outer one, which has no pipe of its own open meanwhile.
+    let listing = "sh -c \"echo \\$(ls /proc/$$/fd)\"";
+    let bundle = Bundle::new(&format!("{listing}; sleep 100"));
     bundle.write_config();
     let out = bundle.path().join("out");
     let mut command = bundle.command(&["run", "--detach", &bundle.id]);
@@ -118,7 +120,7 @@ fn no_descriptor_of_the_caller_or_the_runtime_reaches_the_program() {
     assert!(status.success());
     eventually(|| !std::fs::read_to_string(&out).unwrap().is_empty());
     assert_eq!(std::fs::read_to_string(&out).unwrap().trim(), "0 1 2");
-    let text = bundle.exec("ls /proc/$$/fd | tr '\\n' ' '").ok();
+    let text = bundle.exec(&format!("{listing}; true")).ok();
     assert_eq!(text.trim(), "0 1 2");
     drop(leaked);
 }
@@ -263,6 +265,8 @@ fn a_recycled_process_id_is_not_mistaken_for_the_container() {
     let path = bundle.state_root().join(&bundle.id).join("state.json");
     let mut record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    // Start times have a resolution of 10 ms.
+    std::thread::sleep(std::time::Duration::from_millis(30));
     let mut stranger = std::process::Command::new("sleep").arg("100").spawn().unwrap();
     record["init"]["pid"] = stranger.id().into();
     std::fs::write(&path, record.to_string()).unwrap();
