@@ -10,12 +10,12 @@ want=${1:-test}
 packages=(gcc libc6-dev ca-certificates)
 case $want in
 demo | test)
-    packages+=(dpkg-dev zstd xz-utils busybox busybox-static kmod iproute2 iptables
-        containernetworking-plugins)
+    packages+=(e2fsprogs iproute2 iptables containernetworking-plugins)
     ;;&
 test)
-    packages+=(runc crun containerd podman conmon docker-registry jq strace procps
-        util-linux openssl socat)
+    # busybox-static and busybox exclude each other; the bundles of tests want the static one.
+    packages+=(runc crun containerd podman conmon docker-registry busybox-static strace procps
+        openssl)
     ;;
 esac
 

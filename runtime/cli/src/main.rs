@@ -18,6 +18,9 @@ use pinion_container::error::chain;
 use args::{Cli, Verb};
 use log::Log;
 
+#[global_allocator]
+static ALLOCATOR: pinion_sys::arena::Arena = pinion_sys::arena::Arena::new();
+
 /// What a verb needs besides its own flags.
 #[derive(Debug)]
 struct Context {

@@ -196,16 +196,12 @@ fn run_runtime_hooks(plan: &Plan, record: &Record, channel: &Channel) -> Result<
 /// What the runtime can pass on: permitted and within its own bounding set.
 pub(crate) fn own_capabilities() -> Result<CapabilitySet> {
     let permitted = rustix::thread::capabilities(None).doing(|| "capget".into())?.permitted;
-    let mut own = CapabilitySet::empty();
-    for number in 0..u64::BITS {
-        let one = CapabilitySet::from_bits_retain(1 << number);
-        if permitted.contains(one)
-            && rustix::thread::capability_is_in_bounding_set(one).unwrap_or(false)
-        {
-            own |= one;
-        }
-    }
-    Ok(own)
+    let status =
+        std::fs::read_to_string("/proc/self/status").doing(|| "read /proc/self/status".into())?;
+    let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:"));
+    let bounding = bounding.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let bounding = bounding.ok_or_else(|| Failure::refused("/proc/self/status has no CapBnd"))?;
+    Ok(permitted & CapabilitySet::from_bits_retain(bounding))
 }
 
 /// What the pure plan cannot know.

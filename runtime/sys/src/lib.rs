@@ -4,6 +4,7 @@
 //! wrapper: it owns the descriptors it returns, reports `errno` as [`std::io::Error`],
 //! and decides nothing. Policy lives in the crates above.
 
+pub mod arena;
 pub mod atomic_file;
 pub mod bpf;
 pub mod clone;
