@@ -218,14 +218,14 @@ pub(crate) fn hugepages(text: &str) -> Result<(String, u64), String> {
     let wrong = || format!("{text:?} is not SIZE=PAGES, such as 2MB=64");
     let (size, pages) = text.split_once('=').ok_or_else(wrong)?;
     bytes(size)?;
-    Ok((size.to_owned(), pages.parse().map_err(|_| wrong())?))
+    Ok((size.to_owned(), pages.parse().map_err(|_nan| wrong())?))
 }
 
 /// Reads a size such as `256M`, `2MB`, `1Gi` or plain bytes; units are powers of 1024.
 pub(crate) fn bytes(text: &str) -> Result<i64, String> {
     let wrong = || format!("{text:?} is not a size, such as 256M");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let value: i64 = text[..digits].parse().map_err(|_| wrong())?;
+    let value: i64 = text[..digits].parse().map_err(|_nan| wrong())?;
     let shift = match text[digits..].to_ascii_uppercase().as_str() {
         "" | "B" => 0,
         "K" | "KB" | "KI" | "KIB" => 10,

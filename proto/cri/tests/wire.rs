@@ -5,6 +5,8 @@
 //! descriptor set is at hand (`PINION_CRI_DESCRIPTOR`, or `shared/cri` beside the
 //! checkout) the two descriptors are compared as well, so the listing cannot drift.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use prost::Message as _;
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorProto, FileDescriptorSet};
 use prost_types::{

@@ -51,11 +51,11 @@ enum Error {
 const EXEC_FAILED: u8 = 255;
 
 fn main() -> ExitCode {
-    if enters_a_container() {
-        if let Err(error) = pinion_sys::exe::ensure_sealed() {
-            eprintln!("pinion: cannot protect its own executable from the container: {error}");
-            return ExitCode::FAILURE;
-        }
+    if enters_a_container()
+        && let Err(error) = pinion_sys::exe::ensure_sealed()
+    {
+        eprintln!("pinion: cannot protect its own executable from the container: {error}");
+        return ExitCode::FAILURE;
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

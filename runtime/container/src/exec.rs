@@ -68,7 +68,7 @@ pub fn template(root: &Path, id: &str) -> Result<config::ExecView> {
 /// # Errors
 /// Any of [`Error`]; the process is gone then.
 pub fn exec(
-    options: ExecOptions<'_>,
+    options: &ExecOptions<'_>,
     process: &config::Process,
     view: &config::ExecView,
 ) -> Result<Executed> {
@@ -91,10 +91,10 @@ pub fn exec(
     let filter = seccomp.map(pinion_seccomp::compile).transpose()?;
     let cgroup = open_cgroup(&record, options.cgroup)?;
     let place = Place { record: &record, container: &container, cgroup: &cgroup };
-    let (child, channel) = place.launch(&plan, filter.as_ref(), &options)?;
+    let (child, channel) = place.launch(&plan, filter.as_ref(), options)?;
     let running = record.oci_state(Status::Running).to_json()?;
     let outcome = listener::until_exec(&channel, &child.pidfd, &directory.config(), &running)
-        .and_then(|()| report(&child, &options));
+        .and_then(|()| report(&child, options));
     drop(lock);
     match outcome {
         Ok(()) => Ok(Executed { child, warnings }),
@@ -161,7 +161,7 @@ impl Place<'_> {
         let host = Host { cgroup: self.cgroup, pid_of: joins_pid.then_some(self.container) };
         let mut parts = Some((tenant, theirs));
         let child = host.give(|join| match parts.take() {
-            Some((tenant, channel)) => run_tenant(Tenant { join, ..tenant }, &channel),
+            Some((tenant, channel)) => run_tenant(&Tenant { join, ..tenant }, &channel),
             None => 1,
         })?;
         drop(parts);

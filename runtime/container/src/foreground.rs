@@ -72,13 +72,13 @@ pub fn attend(child: &Child, signals: &Signals, terminal: Option<OwnedFd>) -> Re
         if let Some(relay) = &mut relay {
             relay.pump(&watched);
         }
-        if watched.signals {
-            if let Some(exit) = handle_signals(child, signals, relay.as_ref())? {
-                if let Some(relay) = &mut relay {
-                    relay.drain();
-                }
-                return Ok(exit);
+        if watched.signals
+            && let Some(exit) = handle_signals(child, signals, relay.as_ref())?
+        {
+            if let Some(relay) = &mut relay {
+                relay.drain();
             }
+            return Ok(exit);
         }
     }
 }

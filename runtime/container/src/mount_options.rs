@@ -147,9 +147,9 @@ impl MountOptions {
         };
         let &(_, bit, sets) = found;
         if sets {
-            target.set(bit)
+            target.set(bit);
         } else {
-            target.clear(bit)
+            target.clear(bit);
         }
         true
     }

@@ -90,7 +90,7 @@ impl Namespaces {
                 return Err(invalid("user namespaces enabled, but no mappings found"));
             }
             self.mappings = Some(Mappings::plan(uids, gids)?);
-        } else if !self.has(LinuxNamespaceType::User) && !(uids.is_empty() && gids.is_empty()) {
+        } else if !(self.has(LinuxNamespaceType::User) || uids.is_empty() && gids.is_empty()) {
             return Err(invalid(
                 "user namespace mappings specified, but user namespace isn't enabled in the config",
             ));

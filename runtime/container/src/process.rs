@@ -246,7 +246,8 @@ fn scheduler(asked: &Scheduler) -> Result<SchedulerAttributes> {
         policy: policy as u32,
         flags,
         nice,
-        priority: u32::try_from(priority).map_err(|_| invalid("scheduler.priority is negative"))?,
+        priority: u32::try_from(priority)
+            .map_err(|_negative| invalid("scheduler.priority is negative"))?,
         runtime: deadline[0].unwrap_or(0),
         deadline: deadline[1].unwrap_or(0),
         period: deadline[2].unwrap_or(0),

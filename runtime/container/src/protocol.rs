@@ -59,7 +59,8 @@ impl Report {
         if let (None, Some(source)) = (errno, &failure.source) {
             what = format!("{what}: {source}");
         }
-        what.truncate(what.floor_char_boundary(MAX_TEXT));
+        let end = (0..=MAX_TEXT.min(what.len())).rev().find(|at| what.is_char_boundary(*at));
+        what.truncate(end.unwrap_or(0));
         Self { step, what, errno }
     }
 

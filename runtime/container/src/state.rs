@@ -157,15 +157,15 @@ impl StateDir {
         let mut builder = std::fs::DirBuilder::new();
         let make = |builder: &std::fs::DirBuilder| builder.create(&self.path);
         let mut made = make(builder.mode(0o711));
-        if let (Err(error), Some(root)) = (&made, self.path.parent()) {
-            if error.kind() == io::ErrorKind::NotFound {
-                std::fs::DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o700)
-                    .create(root)
-                    .doing(|| format!("mkdir {}", root.display()))?;
-                made = make(&builder);
-            }
+        if let (Err(error), Some(root)) = (&made, self.path.parent())
+            && error.kind() == io::ErrorKind::NotFound
+        {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(root)
+                .doing(|| format!("mkdir {}", root.display()))?;
+            made = make(&builder);
         }
         match made {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists),

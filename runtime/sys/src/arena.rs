@@ -174,7 +174,7 @@ mod tests {
         for (size, align) in [(1, 1), (17, 8), (100, 64), (5000, 4096), (1 << 20, 16), (3, 1024)] {
             // SAFETY: sizes are not zero; the block is only used within its layout.
             let block = unsafe { arena.alloc(layout(size, align)) };
-            assert!(!block.is_null() && block as usize % align == 0, "{size} {align}");
+            assert!(!block.is_null() && (block as usize).is_multiple_of(align), "{size} {align}");
             // SAFETY: as above.
             unsafe { block.write_bytes(size as u8, size) };
             blocks.push((block, size, align));

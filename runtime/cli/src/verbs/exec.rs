@@ -61,7 +61,7 @@ fn begin(
         no_new_keyring: args.no_new_keyring,
         preserve_fds: args.preserve_fds,
     };
-    let executed = exec(options, process, view).map_err(Error::Exec)?;
+    let executed = exec(&options, process, view).map_err(Error::Exec)?;
     executed.warnings.iter().for_each(|warning| context.log.warn(warning));
     Ok(executed)
 }

@@ -163,11 +163,11 @@ impl Bundle {
     /// The container's cgroup directories that exist now.
     pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
-        let below = Path::new("pinion-test").join(&self.id);
+        let below = Path::new(&self.id);
         let root = Path::new("/sys/fs/cgroup");
         let hierarchies = std::fs::read_dir(root).unwrap().flatten().map(|entry| entry.path());
         for hierarchy in hierarchies.chain([root.to_owned()]) {
-            let directory = hierarchy.join(&below);
+            let directory = hierarchy.join(below);
             if directory.is_dir() {
                 found.push(directory);
             }
@@ -190,10 +190,6 @@ impl Bundle {
 impl Drop for Bundle {
     fn drop(&mut self) {
         let _ = self.command(&["delete", "--force", &self.id]).stderr(Stdio::null()).status();
-        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            // Goes with the last test that uses it.
-            let _ = std::fs::remove_dir(hierarchy.path().join("pinion-test"));
-        }
     }
 }
 
@@ -272,7 +268,7 @@ fn template(id: &str, script: &str) -> Value {
               "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"] },
         ],
         "linux": {
-            "cgroupsPath": format!("/pinion-test/{id}"),
+            "cgroupsPath": format!("/{id}"),
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
                 { "type": "network" },

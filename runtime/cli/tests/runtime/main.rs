@@ -4,6 +4,13 @@
 //! against another runtime: what runc fails here is a wrong expectation. Tests of what only
 //! this runtime does say so and pass at once then.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test's helpers end the test"
+)]
+
 mod bundle;
 mod cgroups;
 mod errors;

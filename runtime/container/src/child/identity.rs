@@ -27,7 +27,7 @@ pub(crate) fn adopt(
 ) -> Result<(), Failure> {
     scheduling(plan)?;
     for (resource, limit) in &plan.rlimits {
-        rustix::process::setrlimit(*resource, limit.clone())
+        rustix::process::setrlimit(*resource, *limit)
             .doing(|| format!("error setting rlimit {resource:?}"))?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(plan.umask));

@@ -111,7 +111,7 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
     settle(plan, &root, &proc).during(Step::Settings)?;
     if let (Some(pty), Some(socket)) = (pty, init.console.take()) {
         rootfs::attach_console(&root, pty.slave.as_fd()).during(Step::Terminal)?;
-        terminal::install(pty, socket.as_fd(), &plan.process).during(Step::Terminal)?;
+        terminal::install(&pty, socket.as_fd(), &plan.process).during(Step::Terminal)?;
     }
     terminal::own_stdio(plan.process.uid).during(Step::Terminal)?;
     identity::label(&plan.process, || Ok(proc)).during(Step::Identity)?;

@@ -41,12 +41,12 @@ pub struct Tenant<'a> {
 }
 
 /// Runs the process on `channel`; returns its exit code if it does not become the program.
-pub fn run(tenant: Tenant<'_>, channel: &Channel) -> i32 {
+pub fn run(tenant: &Tenant<'_>, channel: &Channel) -> i32 {
     let own = [&tenant.container].into_iter().chain(&tenant.console);
     let own: Vec<RawFd> = own.map(AsRawFd::as_raw_fd).collect();
     let outcome = init::keep_only(&own, channel, tenant.keep_fds)
         .during(Step::Enter)
-        .and_then(|()| become_program(&tenant, channel));
+        .and_then(|()| become_program(tenant, channel));
     match outcome {
         Ok(never) => match never {},
         Err(Stopped { step, failure }) => {
@@ -61,7 +61,7 @@ fn become_program(tenant: &Tenant<'_>, channel: &Channel) -> Result<Infallible, 
     enter(tenant).during(Step::Enter)?;
     if let Some(socket) = &tenant.console {
         let pty = open_terminal().during(Step::Terminal)?;
-        terminal::install(pty, socket.as_fd(), plan).during(Step::Terminal)?;
+        terminal::install(&pty, socket.as_fd(), plan).during(Step::Terminal)?;
     }
     terminal::own_stdio(plan.uid).during(Step::Terminal)?;
     identity::label(plan, Proc::detached).during(Step::Identity)?;

@@ -13,7 +13,11 @@ use crate::process::ProcessPlan;
 ///
 /// # Errors
 /// Names the call that failed.
-pub(crate) fn install(pty: Pty, socket: BorrowedFd<'_>, plan: &ProcessPlan) -> Result<(), Failure> {
+pub(crate) fn install(
+    pty: &Pty,
+    socket: BorrowedFd<'_>,
+    plan: &ProcessPlan,
+) -> Result<(), Failure> {
     if let Some((rows, columns)) = plan.console_size {
         pinion_sys::tty::set_size(&pty.master, rows, columns)
             .doing(|| "set the terminal's size".into())?;

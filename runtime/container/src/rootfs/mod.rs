@@ -181,10 +181,10 @@ impl<'a> Rootfs<'a> {
             }
             Err(failure) => return Err(failure),
         };
-        if plan.options.copy_up {
-            if let Some(image) = &existed {
-                copy_up::copy_tree(image.as_fd(), mount.as_fd()).doing(|| "tmpcopyup".into())?;
-            }
+        if plan.options.copy_up
+            && let Some(image) = &existed
+        {
+            copy_up::copy_tree(image.as_fd(), mount.as_fd()).doing(|| "tmpcopyup".into())?;
         }
         attach::place(mount.as_fd(), target.as_fd()).doing(|| "move_mount".into())?;
         attach::set_propagation(mount.as_fd(), &options.propagation)?;
@@ -231,10 +231,11 @@ pub fn open_source(source: &Path) -> Result<OwnedFd, Failure> {
 /// A tmpfs without a mode of its own takes that of the directory it covers.
 fn with_mode_of(covered: Option<&OwnedFd>, name: &str, options: &MountOptions) -> MountOptions {
     let mut options = options.clone();
-    if name == "tmpfs" && !options.data.iter().any(|option| option.starts_with("mode=")) {
-        if let Some(stat) = covered.and_then(|fd| rustix::fs::fstat(fd).ok()) {
-            options.data.push(format!("mode={:o}", stat.st_mode & 0o7777));
-        }
+    if name == "tmpfs"
+        && !options.data.iter().any(|option| option.starts_with("mode="))
+        && let Some(stat) = covered.and_then(|fd| rustix::fs::fstat(fd).ok())
+    {
+        options.data.push(format!("mode={:o}", stat.st_mode & 0o7777));
     }
     options
 }
