@@ -16,7 +16,6 @@ use crate::error::{During, Error, Result, ensure};
 
 const RELEASE: &str = "bookworm";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-const FALLBACK_MIRROR: &str = "http://mirror.example/debian";
 const LIBRARY_DIRS: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 
 /// What a tree is made of.
@@ -174,7 +173,7 @@ impl<'a> Archive<'a> {
         for dir in ["lists/partial", "debs/partial"] {
             fs::create_dir_all(state.join(dir)).during(|| format!("create apt/{dir}"))?;
         }
-        let mirror = machine_mirror();
+        let mirror = machine_mirror()?;
         let sources: String = ["", "-updates", "-backports"]
             .map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {RELEASE}{suite} main\n"))
             .concat();
@@ -223,8 +222,8 @@ fn left_out(deb: &Path, without: &[&str]) -> bool {
     without.iter().any(|start| name.starts_with(start))
 }
 
-/// The Debian mirror this machine already uses, else Debian's own.
-fn machine_mirror() -> String {
+/// The Debian mirror this machine already uses.
+fn machine_mirror() -> Result<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(listing) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(listing.filter_map(|entry| Some(entry.ok()?.path())));
@@ -233,7 +232,7 @@ fn machine_mirror() -> String {
         .iter()
         .filter_map(|path| fs::read_to_string(path).ok())
         .find_map(|text| mirror_in(&text))
-        .unwrap_or_else(|| FALLBACK_MIRROR.into())
+        .ok_or_else(|| Error::check("no Debian mirror in /etc/apt/sources.list or sources.list.d"))
 }
 
 /// The first URI of a sources file (one-line or deb822 style) that is a Debian archive.
