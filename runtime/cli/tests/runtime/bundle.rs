@@ -28,6 +28,17 @@ pub(crate) fn is_pinion() -> bool {
     own
 }
 
+/// True when the host's cgroups have this controller; otherwise says why the test is moot.
+pub(crate) fn has_controller(name: &str) -> bool {
+    let v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    let has = v2.split_whitespace().any(|controller| controller == name)
+        || Path::new("/sys/fs/cgroup").join(name).is_dir();
+    if !has {
+        println!("not possible here: there is no {name} controller");
+    }
+    has
+}
+
 /// How a command ended.
 #[derive(Debug)]
 pub(crate) struct Outcome {

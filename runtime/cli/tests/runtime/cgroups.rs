@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, eventually};
+use crate::bundle::{Bundle, eventually, has_controller};
 
 /// The value of the first of these cgroup files that exists.
 fn value(bundle: &Bundle, files: &[&str]) -> Option<String> {
@@ -13,6 +13,9 @@ fn value(bundle: &Bundle, files: &[&str]) -> Option<String> {
 
 #[test]
 fn limits_are_in_force_before_the_program_and_change_on_update() {
+    if !(has_controller("cpu") && has_controller("pids")) {
+        return;
+    }
     let mut bundle = Bundle::new("sleep 100");
     bundle.config["linux"]["resources"] = json!({
         "pids": { "limit": 50 }, "cpu": { "shares": 512, "quota": 20000, "period": 100_000 },
@@ -85,7 +88,9 @@ fn statistics_have_the_shape_clients_parse() {
     assert_eq!(event["id"], bundle.id.as_str());
     let data = &event["data"];
     assert!(data["cpu"]["usage"]["total"].as_u64().unwrap() > 0, "{data}");
-    assert!(data["pids"]["current"].as_u64().unwrap() >= 1, "{data}");
+    if has_controller("pids") {
+        assert!(data["pids"]["current"].as_u64().unwrap() >= 1, "{data}");
+    }
     for part in ["memory", "blkio", "hugetlb", "intel_rdt"] {
         assert!(data[part].is_object(), "{part}");
     }
