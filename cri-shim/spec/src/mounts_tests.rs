@@ -1,3 +1,5 @@
+//! The rules for CRI mounts, one test a rule.
+
 use super::*;
 use pinion_cri_proto::v1::ImageSpec;
 

@@ -1,3 +1,5 @@
+//! Manifests, indexes and configurations, well formed and hostile.
+
 use super::*;
 use crate::ErrorKind;
 

@@ -1,3 +1,5 @@
+//! Overlay mounts with both mount APIs, and the escaping of paths in options.
+
 use std::fs;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The tar reader against the tar crate as oracle, and against hostile archives.
+
 use ::tar::{Builder, EntryType, Header as TarHeader};
 use proptest::prelude::*;
 
