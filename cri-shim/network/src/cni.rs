@@ -2,6 +2,7 @@
 //!
 //! Conforms to the CNI specification 1.1.0 and talks 0.3.0 to 1.1.0 with plugins.
 
+pub(crate) mod cache;
 pub(crate) mod chain;
 pub mod config;
 pub mod exec;
@@ -11,4 +12,5 @@ mod result;
 mod version;
 
 pub use result::{Dns, Interface, IpAssignment, IpNet, PluginResult, Route};
+pub(crate) use result::{bits, next_ip};
 pub use version::Version;

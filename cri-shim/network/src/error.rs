@@ -92,6 +92,27 @@ pub enum NetworkError {
         /// What is wrong, with the beginning of the output.
         reason: String,
     },
+    /// A step of a chain that is done without its plugins.
+    #[error("built-in {command}: {step}")]
+    Native {
+        /// ADD, DEL, CHECK or GC.
+        command: &'static str,
+        /// What was tried, with its arguments.
+        step: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// CHECK found the attachment changed.
+    #[error("pod {pod} is no longer attached to network {network:?} as it was: {what}")]
+    Changed {
+        /// Pod sandbox id.
+        pod: String,
+        /// Network name.
+        network: String,
+        /// The first difference.
+        what: String,
+    },
     /// ADD failed; what had been done was taken back as far as possible.
     #[error("attach pod {pod} to network {network:?}{}", undone(cleanup))]
     Add {
@@ -148,12 +169,12 @@ fn tail(details: &str) -> String {
 fn undone(cleanup: &Option<Box<NetworkError>>) -> String {
     match cleanup {
         None => String::new(),
-        Some(error) => format!(" (taking it back failed too: {error})"),
+        Some(error) => format!(" (taking it back failed too: {})", chain(error.as_ref())),
     }
 }
 
 fn list(failures: &[NetworkError]) -> String {
-    failures.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    failures.iter().map(|error| chain(error)).collect::<Vec<_>>().join("; ")
 }
 
 /// The whole chain of an error on one line, for `NetworkStatus::message`.

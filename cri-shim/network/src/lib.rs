@@ -15,14 +15,20 @@
 //! * a plugin gets a clean environment, a process group of its own, a deadline, and bounded
 //!   output; what it prints is never trusted to be well-formed.
 
+mod builtin;
 pub mod cni;
+mod engine;
 mod error;
 pub mod namespaces;
+mod native;
 mod netlink;
 mod network;
 mod pod;
+mod status;
 
 pub use cni::{Dns, Interface, IpAssignment, PluginResult, Route};
+pub use engine::Engine;
 pub use error::NetworkError;
-pub use network::{Network, NetworkConfig, NetworkStatus};
+pub use network::{Network, NetworkConfig};
 pub use pod::{Attachment, PodNetwork, PortMapping, Protocol};
+pub use status::NetworkStatus;

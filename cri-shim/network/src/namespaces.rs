@@ -21,6 +21,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -28,7 +29,7 @@ use std::path::{Component, Path, PathBuf};
 const NSFS_MAGIC: i64 = 0x6e73_6673;
 const PROC_MAGIC: i64 = 0x9fa0;
 /// Index of `lo`, the first link of every network namespace.
-const LOOPBACK: i32 = 1;
+const LOOPBACK: u32 = 1;
 
 /// A kind of namespace a pod owns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -127,6 +128,35 @@ pub fn is_pinned(path: &Path) -> bool {
     rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == NSFS_MAGIC)
 }
 
+/// Runs `work` in a fresh thread inside a pinned network namespace.
+///
+/// # Errors
+/// The namespace that cannot be opened or entered, or what `work` says.
+pub(crate) fn within<T: Send>(
+    netns: BorrowedFd<'_>,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("pod-network".to_owned());
+        let thread = thread.spawn_scoped(scope, || {
+            nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
+            work()
+        })?;
+        thread
+            .join()
+            .unwrap_or_else(|_panic| Err(io::Error::other("the thread ended unexpectedly")))
+    })
+}
+
+/// Opens a pinned namespace, so that it stays what it is for as long as the file is open.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let file = File::open(path)?;
+    if rustix::fs::fstatfs(&file)?.f_type != NSFS_MAGIC {
+        return Err(io::Error::other("not a namespace"));
+    }
+    Ok(file)
+}
+
 /// The empty files that become mount points.
 struct Pins(Vec<PathBuf>);
 
@@ -159,7 +189,9 @@ fn inside(kinds: &[Kind], pins: &Pins, setup: &Setup) -> Result<(), NetworkError
     let names = kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(",");
     unshare(flags).map_err(|errno| failed(format!("unshare {names}"), errno))?;
     if kinds.contains(&Kind::Net) {
-        netlink::set_link_up(LOOPBACK).map_err(|error| failed("bring up lo".to_owned(), error))?;
+        netlink::Socket::route()
+            .and_then(|mut socket| socket.set_up(LOOPBACK))
+            .map_err(|error| failed("bring up lo".to_owned(), error))?;
     }
     let proc_sys = if setup.sysctls.is_empty() { None } else { Some(open_proc_sys()?) };
     for (path, value) in &setup.sysctls {

@@ -1,12 +1,15 @@
 //! The node's pod network: attach, detach, and whether it is ready.
 
+use crate::cni::cache;
 use crate::cni::chain::{self, Chain};
 use crate::cni::config::{self, NetworkList};
 use crate::cni::exec::Executor;
 use crate::cni::record::{Record, Records, Stored};
 use crate::cni::request;
-use crate::error::{self, NetworkError};
+use crate::engine::Choice;
+use crate::error::NetworkError;
 use crate::namespaces;
+use crate::native::reaper::Reaper;
 use crate::pod::{Attachment, PodNetwork};
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
@@ -27,79 +30,84 @@ pub struct NetworkConfig {
     pub bin_dirs: Vec<PathBuf>,
     /// Attachment records; must survive a reboot, so that addresses can be given back then.
     pub cache_dir: PathBuf,
-}
-
-/// Whether pods can be attached; the `NetworkReady` condition of CRI's Status.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetworkStatus {
-    /// Pods can be attached.
-    pub ready: bool,
-    /// One word for machines; empty when ready with a configured network.
-    pub reason: String,
-    /// A sentence for people: what is wrong and where.
-    pub message: String,
-    /// No configuration: pods get loopback and nothing else.
-    pub loopback_only: bool,
+    /// Common chains are done in this process instead of by their plugins.
+    pub native: bool,
 }
 
 /// The pod network. Cheap to clone; all methods may run concurrently for different pods,
 /// the caller serialises those of one pod.
 #[derive(Debug, Clone)]
 pub struct Network {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    conf_dir: PathBuf,
-    executor: Executor,
-    records: Records,
-    loopback_only: bool,
+pub(crate) struct Shared {
+    pub(crate) conf_dir: PathBuf,
+    pub(crate) executor: Executor,
+    pub(crate) records: Records,
+    pub(crate) loopback_only: bool,
+    pub(crate) choice: Choice,
+    pub(crate) reaper: Reaper,
     pod_cidrs: RwLock<Vec<String>>,
     /// Versions each binary said it speaks, asked once per change of the file.
-    spoken: Mutex<HashMap<PathBuf, (SystemTime, Vec<String>)>>,
+    pub(crate) spoken: Mutex<HashMap<PathBuf, (SystemTime, Vec<String>)>>,
 }
 
 impl Network {
     /// A network over these directories; none of them needs to exist yet. Without any
     /// configuration pods get loopback only, see [`Network::require_configuration`].
     pub fn new(config: NetworkConfig) -> Self {
-        let executor = Executor { bin_dirs: config.bin_dirs, timeout: TIMEOUT };
-        Self::from_parts(config.conf_dir, executor, Records { dir: config.cache_dir }, true)
-    }
-
-    fn from_parts(
-        conf_dir: PathBuf,
-        executor: Executor,
-        records: Records,
-        loopback_only: bool,
-    ) -> Self {
         let shared = Shared {
-            conf_dir,
-            executor,
-            records,
-            loopback_only,
+            conf_dir: config.conf_dir,
+            executor: Executor { bin_dirs: config.bin_dirs, timeout: TIMEOUT },
+            records: Records { dir: config.cache_dir },
+            loopback_only: true,
+            choice: Choice::new(config.native),
+            reaper: Reaper::default(),
             pod_cidrs: RwLock::default(),
             spoken: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
 
+    /// Another view of the same network.
+    fn with(&self, change: impl FnOnce(&mut Shared)) -> Self {
+        let shared = &self.shared;
+        let mut other = Shared {
+            conf_dir: shared.conf_dir.clone(),
+            executor: shared.executor.clone(),
+            records: shared.records.clone(),
+            loopback_only: shared.loopback_only,
+            choice: Choice::new(shared.choice.allowed),
+            reaper: shared.reaper.clone(),
+            pod_cidrs: RwLock::new(self.pod_cidrs()),
+            spoken: Mutex::default(),
+        };
+        change(&mut other);
+        Self { shared: Arc::new(other) }
+    }
+
     /// The same network, not ready until a configuration appears: what a cluster node wants.
     #[must_use]
     pub fn require_configuration(&self) -> Self {
-        let shared = &self.shared;
-        let (executor, records) = (shared.executor.clone(), shared.records.clone());
-        Self::from_parts(shared.conf_dir.clone(), executor, records, false)
+        self.with(|shared| shared.loopback_only = false)
     }
 
     /// The same network with another deadline per plugin call.
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
-        let shared = &self.shared;
-        let executor = Executor { timeout, ..shared.executor.clone() };
-        let records = shared.records.clone();
-        Self::from_parts(shared.conf_dir.clone(), executor, records, shared.loopback_only)
+        self.with(|shared| shared.executor.timeout = timeout)
+    }
+
+    /// The same network, its chains done by this process where it can, or by plugins only.
+    #[must_use]
+    pub fn with_native(&self, native: bool) -> Self {
+        self.with(|shared| shared.choice = Choice::new(native))
+    }
+
+    fn pod_cidrs(&self) -> Vec<String> {
+        self.shared.pod_cidrs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The node's pod CIDRs (UpdateRuntimeConfig), for plugins with the `ipRanges` capability.
@@ -128,43 +136,55 @@ impl Network {
             }
             return Err(NetworkError::NotConfigured { conf_dir: shared.conf_dir.clone() });
         };
-        for plugin in &list.plugins {
-            shared.executor.find(&plugin.kind)?; // before anything has been done
-        }
-        let mut record = self.record(pod, list);
+        let record = self.record(pod, list);
         let id = &pod.sandbox_id;
+        let plan = shared.choice.plan(&record.network);
+        if plan.is_err() {
+            for plugin in &record.network.plugins {
+                shared.executor.find(&plugin.kind)?; // before anything has been done
+            }
+        }
         if let Some(left) = self.known(pod).await? {
             // An ADD that a crash cut short: CNI wants a DEL before the next ADD.
             self.detach(id, &left).await?;
         }
-        shared.records.write(id, &record).await?;
-        match self.attach(id, &mut record).await {
+        let network = record.network.name.clone();
+        let (record, outcome) = match plan {
+            Ok(plan) => self.attach_native(id, plan, record).await,
+            Err(_) => self.attach_by_plugins(id, record).await,
+        };
+        match outcome {
             Ok(attachment) => Ok(attachment),
             Err(source) => Err(NetworkError::Add {
                 pod: id.clone(),
-                network: record.network.name.clone(),
+                network,
                 source: Box::new(source),
                 cleanup: self.detach(id, &record).await.err().map(Box::new),
             }),
         }
     }
 
-    async fn attach(&self, id: &str, record: &mut Record) -> Result<Attachment, NetworkError> {
-        let chain = Chain { executor: &self.shared.executor, pod: id, record };
-        let (value, result) = chain.add().await?;
-        let attachment = Attachment::from_result(&record.network.name, &record.interface, result);
-        record.result = Some(value);
-        if attachment.ips.is_empty() {
-            let last = record.network.plugins.last().map(|plugin| plugin.kind.clone());
-            return Err(NetworkError::BadOutput {
-                plugin: last.unwrap_or_default(),
-                command: "ADD",
-                reason: format!("the result gives {} no address", record.interface),
-            });
-        }
-        record.attachment = Some(attachment.clone());
-        self.shared.records.write(id, record).await?;
-        Ok(attachment)
+    async fn attach_by_plugins(
+        &self,
+        id: &str,
+        mut record: Record,
+    ) -> (Record, Result<Attachment, NetworkError>) {
+        let outcome = async {
+            self.shared.records.write(id, &record).await?;
+            let chain = Chain { executor: &self.shared.executor, pod: id, record: &record };
+            let (value, result) = chain.add().await?;
+            let attachment = record.attached(value, result)?;
+            self.shared.records.write(id, &record).await?;
+            self.cache(id, &record);
+            Ok(attachment)
+        };
+        let outcome = outcome.await;
+        (record, outcome)
+    }
+
+    /// Others look there; a pod is not refused because they would not find it.
+    pub(crate) fn cache(&self, id: &str, record: &Record) {
+        let _ = cache::write(&self.shared.records.dir, id, record);
     }
 
     /// Detaches a pod: every plugin, in reverse, with the configuration it was attached with.
@@ -183,10 +203,16 @@ impl Network {
         let shared = &self.shared;
         let mut record = match self.known(pod).await? {
             Some(record) => record,
-            None if attachment.is_none_or(Attachment::is_loopback_only) => return Ok(()),
             None => match config::load(&shared.conf_dir)? {
-                Some((_, list)) => self.record(pod, list),
-                None => return Ok(()), // nothing is left that knows how to detach
+                // Records of built-in chains may be lost with the power, and these can detach
+                // what is not attached.
+                Some((_, list))
+                    if attachment.is_some_and(|pod| !pod.is_loopback_only())
+                        || shared.choice.plan(&list).is_ok() =>
+                {
+                    self.record(pod, list)
+                }
+                _ => return Ok(()), // nothing to detach, or nobody who knows how
             },
         };
         if !namespaces::is_pinned(&record.netns) {
@@ -212,9 +238,15 @@ impl Network {
     }
 
     async fn detach(&self, id: &str, record: &Record) -> Result<(), NetworkError> {
-        let chain = Chain { executor: &self.shared.executor, pod: id, record };
-        let failures = chain.del().await;
+        let failures = match self.shared.choice.plan(&record.network) {
+            Ok(plan) => self.detach_native(id, plan, record).await,
+            Err(_) => {
+                let chain = Chain { executor: &self.shared.executor, pod: id, record };
+                chain.del().await
+            }
+        };
         if failures.is_empty() {
+            let _ = cache::remove(&self.shared.records.dir, id, record);
             return self.shared.records.remove(id);
         }
         Err(NetworkError::Del {
@@ -224,10 +256,10 @@ impl Network {
         })
     }
 
-    /// Asks the plugins whether a pod's attachment is still as it was made (CNI 0.4).
+    /// Asks whether a pod's attachment is still as it was made (CNI 0.4).
     ///
     /// # Errors
-    /// The first plugin that finds something changed.
+    /// The first thing that has changed.
     pub async fn check(&self, pod: &PodNetwork) -> Result<(), NetworkError> {
         let Stored::Sound(record) = self.shared.records.read(&pod.sandbox_id)? else {
             return Ok(());
@@ -235,8 +267,13 @@ impl Network {
         if record.network.disable_check || !record.network.version.has_check() {
             return Ok(());
         }
-        let executor = &self.shared.executor;
-        Chain { executor, pod: &pod.sandbox_id, record: &record }.check().await
+        match self.shared.choice.plan(&record.network) {
+            Ok(plan) => self.check_native(&pod.sandbox_id, plan, *record).await,
+            Err(_) => {
+                let executor = &self.shared.executor;
+                Chain { executor, pod: &pod.sandbox_id, record: &record }.check().await
+            }
+        }
     }
 
     /// What a pod got, from its record: for a server that has lost its own.
@@ -254,6 +291,7 @@ impl Network {
     /// None stop it: the list names what could not be freed.
     pub async fn collect(&self, valid: &BTreeSet<String>) -> Vec<NetworkError> {
         let shared = &self.shared;
+        shared.records.sweep();
         let pods = match shared.records.pods() {
             Ok(pods) => pods,
             Err(error) => return vec![error],
@@ -267,7 +305,10 @@ impl Network {
             Ok(Some((_, list))) if list.version.has_status() => {
                 let valid: Vec<_> =
                     valid.iter().map(|id| (id.clone(), INTERFACE.to_owned())).collect();
-                failures.extend(chain::gc(&shared.executor, &list, &valid).await);
+                match shared.choice.plan(&list) {
+                    Ok(plan) => failures.extend(self.collect_native(plan, list, valid).await),
+                    Err(_) => failures.extend(chain::gc(&shared.executor, &list, &valid).await),
+                }
             }
             Ok(_) => {}
             Err(error) => failures.push(error),
@@ -276,7 +317,7 @@ impl Network {
     }
 
     fn record(&self, pod: &PodNetwork, network: NetworkList) -> Record {
-        let cidrs = self.shared.pod_cidrs.read().unwrap_or_else(PoisonError::into_inner);
+        let cidrs = self.pod_cidrs();
         Record {
             network,
             interface: INTERFACE.to_owned(),
@@ -286,82 +327,5 @@ impl Network {
             result: None,
             attachment: None,
         }
-    }
-
-    /// Whether an ADD would work now: a sound configuration, every binary in place and
-    /// speaking the version, and no plugin reporting trouble (STATUS, CNI 1.1).
-    pub async fn status(&self) -> NetworkStatus {
-        let not_ready = |reason: &str, message: String| NetworkStatus {
-            ready: false,
-            reason: reason.to_owned(),
-            message,
-            loopback_only: false,
-        };
-        let shared = &self.shared;
-        let list = match config::load(&shared.conf_dir) {
-            Ok(Some((_, list))) => list,
-            Ok(None) => {
-                let place = shared.conf_dir.display();
-                let message = format!("no CNI configuration in {place}");
-                if !shared.loopback_only {
-                    return not_ready("NetworkPluginNotReady", message);
-                }
-                return NetworkStatus {
-                    ready: true,
-                    reason: "LoopbackOnly".to_owned(),
-                    message: format!("{message}: pods get loopback only"),
-                    loopback_only: true,
-                };
-            }
-            Err(error) => return not_ready("NetworkConfigInvalid", error::chain(&error)),
-        };
-        for plugin in &list.plugins {
-            for binary in [Some(plugin.kind.as_str()), plugin.ipam()].into_iter().flatten() {
-                if let Err(error) = shared.executor.find(binary) {
-                    return not_ready("NetworkPluginMissing", error::chain(&error));
-                }
-            }
-            if let Some(message) = self.mute(&plugin.kind, &list).await {
-                return not_ready("NetworkPluginVersion", message);
-            }
-        }
-        if list.version.has_status()
-            && let Err(error) = chain::status(&shared.executor, &list).await
-        {
-            return not_ready("NetworkPluginNotReady", error::chain(&error));
-        }
-        NetworkStatus {
-            ready: true,
-            reason: String::new(),
-            message: String::new(),
-            loopback_only: false,
-        }
-    }
-
-    /// Why a plugin cannot talk with this network's version, if it cannot.
-    async fn mute(&self, plugin: &str, list: &NetworkList) -> Option<String> {
-        let path = self.shared.executor.find(plugin).ok()?;
-        let changed = std::fs::metadata(&path).and_then(|meta| meta.modified()).ok()?;
-        let known = {
-            let spoken = self.shared.spoken.lock().unwrap_or_else(PoisonError::into_inner);
-            spoken.get(&path).filter(|(then, _)| *then == changed).map(|(_, list)| list.clone())
-        };
-        let versions = match known {
-            Some(versions) => versions,
-            None => match chain::versions(&self.shared.executor, plugin, list).await {
-                Ok(versions) => {
-                    let mut spoken =
-                        self.shared.spoken.lock().unwrap_or_else(PoisonError::into_inner);
-                    spoken.insert(path, (changed, versions.clone()));
-                    versions
-                }
-                Err(error) => return Some(error::chain(&error)),
-            },
-        };
-        let wanted = list.version.as_str();
-        (!versions.iter().any(|version| version == wanted)).then(|| {
-            let all = versions.join(", ");
-            format!("CNI plugin {plugin:?} speaks {all}, network {:?} wants {wanted}", list.name)
-        })
     }
 }

@@ -166,6 +166,9 @@ pub struct Network {
     pub bin_dirs: Vec<PathBuf>,
     /// Where results are kept.
     pub cache_dir: PathBuf,
+    /// Common chains (`bridge` or `ptp` with `host-local`, `portmap`) are done by the server
+    /// itself, with the plugins' leases and rules; `false` executes the plugins always.
+    pub native: bool,
 }
 
 impl Default for Network {
@@ -174,6 +177,7 @@ impl Default for Network {
             conf_dir: "/etc/cni/net.d".into(),
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             cache_dir: "/var/lib/cni".into(),
+            native: true,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use pinion_cgroup::Driver;
 use pinion_cri_proto::v1;
+use pinion_network::Engine;
 use serde_json::{Value, json};
 
 use crate::contract;
@@ -42,6 +43,8 @@ pub(crate) async fn status(node: &Arc<Node>, verbose: bool) -> Result<v1::Status
     let runtime =
         v1::RuntimeCondition { r#type: "RuntimeReady".into(), status: true, ..Default::default() };
     let network = node.network.status().await;
+    note_engine(node, network.engine.as_ref());
+    let engine = network.engine.as_ref().map(ToString::to_string);
     let network = v1::RuntimeCondition {
         r#type: "NetworkReady".into(),
         status: network.ready,
@@ -57,7 +60,11 @@ pub(crate) async fn status(node: &Arc<Node>, verbose: bool) -> Result<v1::Status
     Ok(v1::StatusResponse {
         status: Some(v1::RuntimeStatus { conditions: vec![runtime, network] }),
         info: if verbose {
-            HashMap::from([("info".to_string(), of_node(node).await.to_string())])
+            let mut info = of_node(node).await;
+            if let Some(object) = info.as_object_mut() {
+                object.insert("network".into(), json!({ "attachedBy": engine }));
+            }
+            HashMap::from([("info".to_string(), info.to_string())])
         } else {
             HashMap::new()
         },
@@ -68,6 +75,15 @@ pub(crate) async fn status(node: &Arc<Node>, verbose: bool) -> Result<v1::Status
             mount_options: false,
         }),
     })
+}
+
+/// Logs who attaches pods, when that changes.
+pub(crate) fn note_engine(node: &Node, engine: Option<&Engine>) {
+    if let Some(engine) = engine
+        && node.network.is_news(engine)
+    {
+        tracing::info!(by = %engine, "pods are attached to the network");
+    }
 }
 
 /// What `pinctl info` shows.

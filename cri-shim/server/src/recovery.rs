@@ -75,6 +75,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
 /// Gives back the network attachments of pods that are gone. Before the first request: a pod
 /// being made then would look like one that is gone.
 async fn collect_networks(node: &Node) {
+    crate::info::note_engine(node, node.network.status().await.engine.as_ref());
     let snapshot = node.registry.snapshot();
     let known = snapshot.pods().map(|pod| pod.sandbox.id.clone()).collect();
     for error in node.network.collect(&known).await {

@@ -115,6 +115,7 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         conf_dir: config.network.conf_dir.clone(),
         bin_dirs: config.network.bin_dirs.clone(),
         cache_dir: config.network.cache_dir.clone(),
+        native: config.network.native,
     });
     let facts = cgroups.host_facts();
     let node = Node::new(Parts {

@@ -3,6 +3,7 @@
 //! One file per pod, replaced atomically. It is a hint: when a file is damaged, DEL goes on
 //! with the configuration in force and the pod as the caller knows it.
 
+use super::PluginResult;
 use super::config::NetworkList;
 use crate::error::NetworkError;
 use crate::pod::Attachment;
@@ -30,6 +31,31 @@ pub(crate) struct Record {
     pub(crate) attachment: Option<Attachment>,
 }
 
+impl Record {
+    /// Notes what ADD returned.
+    ///
+    /// # Errors
+    /// A result that gives the pod no address.
+    pub(crate) fn attached(
+        &mut self,
+        value: Value,
+        result: PluginResult,
+    ) -> Result<Attachment, NetworkError> {
+        let attachment = Attachment::from_result(&self.network.name, &self.interface, result);
+        self.result = Some(value);
+        if attachment.ips.is_empty() {
+            let last = self.network.plugins.last().map(|plugin| plugin.kind.clone());
+            return Err(NetworkError::BadOutput {
+                plugin: last.unwrap_or_default(),
+                command: "ADD",
+                reason: format!("the result gives {} no address", self.interface),
+            });
+        }
+        self.attachment = Some(attachment.clone());
+        Ok(attachment)
+    }
+}
+
 /// What is found under a pod's name.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Stored {
@@ -50,6 +76,22 @@ pub(crate) struct Records {
 impl Records {
     fn path(&self, pod: &str) -> PathBuf {
         self.dir.join(format!("{pod}.json"))
+    }
+
+    /// Writes a record that outlives this process and not the power: for chains whose DEL can
+    /// do without it, as the built-in ones can. Blocks for microseconds.
+    pub(crate) fn write_volatile(&self, pod: &str, record: &Record) -> Result<(), NetworkError> {
+        let path = self.path(pod);
+        let written = serde_json::to_vec(record).map_err(io::Error::other).and_then(|bytes| {
+            match pinion_sys::atomic_file::write_volatile(&path, &bytes, 0o600) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    std::fs::create_dir_all(&self.dir)?;
+                    pinion_sys::atomic_file::write_volatile(&path, &bytes, 0o600)
+                }
+                outcome => outcome,
+            }
+        });
+        written.map_err(|source| failed("write", &path, source))
     }
 
     /// Returns when the record is durable; the wait for the disk is not the caller's thread's.
@@ -91,6 +133,20 @@ impl Records {
                 Err(failed("remove", &path, error))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Removes what a process that was killed while writing has left beside the records.
+    pub(crate) fn sweep(&self) {
+        for dir in [self.dir.clone(), self.dir.join("results")] {
+            let Ok(entries) = std::fs::read_dir(dir) else { continue };
+            for entry in entries.flatten() {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                if name.starts_with('.') && name.ends_with(".tmp") {
+                    let _ = std::fs::remove_file(entry.path());
+                }
+            }
         }
     }
 

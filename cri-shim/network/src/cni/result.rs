@@ -6,7 +6,7 @@
 use super::Version;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 /// More addresses or interfaces than this are taken for a defect.
@@ -19,6 +19,62 @@ pub struct IpNet {
     pub ip: IpAddr,
     /// Bits of the network part.
     pub prefix: u8,
+}
+
+impl IpNet {
+    /// Whether it is of IPv4.
+    pub fn is_ipv4(&self) -> bool {
+        self.ip.is_ipv4()
+    }
+
+    /// The address with the bits outside the prefix cleared: the network's own.
+    #[must_use]
+    pub fn network(&self) -> Self {
+        Self { ip: from_bits(self.is_ipv4(), bits(self.ip) & self.mask()), prefix: self.prefix }
+    }
+
+    /// Whether an address is in the network.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        ip.is_ipv4() == self.is_ipv4() && bits(ip) & self.mask() == bits(self.ip) & self.mask()
+    }
+
+    /// The last address of an IPv4 network that is large enough to have a broadcast address.
+    pub fn broadcast(&self) -> Option<IpAddr> {
+        (self.is_ipv4() && self.prefix < 31).then(|| self.last())
+    }
+
+    /// The address with all bits outside the prefix set.
+    pub fn last(&self) -> IpAddr {
+        let width = if self.is_ipv4() { u128::from(u32::MAX) } else { u128::MAX };
+        from_bits(self.is_ipv4(), bits(self.ip) | (!self.mask() & width))
+    }
+
+    fn mask(&self) -> u128 {
+        let width = if self.is_ipv4() { 32 } else { 128 };
+        let host = width - u32::from(self.prefix).min(width);
+        u128::MAX.checked_shl(host).unwrap_or(0)
+    }
+}
+
+/// The address after this one; the last one's is itself.
+pub(crate) fn next_ip(ip: IpAddr) -> IpAddr {
+    let limit = if ip.is_ipv4() { u128::from(u32::MAX) } else { u128::MAX };
+    from_bits(ip.is_ipv4(), bits(ip).saturating_add(1).min(limit))
+}
+
+/// An address as a number.
+pub(crate) fn bits(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(ip) => u128::from(ip.to_bits()),
+        IpAddr::V6(ip) => ip.to_bits(),
+    }
+}
+
+fn from_bits(v4: bool, bits: u128) -> IpAddr {
+    match u32::try_from(bits) {
+        Ok(bits) if v4 => IpAddr::V4(Ipv4Addr::from_bits(bits)),
+        _ => IpAddr::V6(Ipv6Addr::from_bits(bits)),
+    }
 }
 
 impl FromStr for IpNet {

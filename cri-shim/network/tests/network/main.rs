@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod broken_plugins;
+mod differential;
 mod namespaces;
+mod pods;
 mod real_plugins;
 mod support;

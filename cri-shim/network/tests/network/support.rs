@@ -4,6 +4,7 @@ use pinion_network::namespaces::{self, Kind, Setup};
 use pinion_network::{Network, NetworkConfig, PodNetwork};
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +15,24 @@ use std::time::Duration;
 pub(crate) const BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Runs a test on a node of its own: a thread in a new network namespace. Threads and
+/// processes that the test starts inherit it, so nothing of it touches the machine's network.
+pub(crate) fn on_a_node<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
+                .expect("these tests make network namespaces: run as root");
+            output("ip", &["link", "set", "lo", "up"]);
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(test());
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
 
 /// A node of its own: configuration, records, leases, pods, one bridge name, one subnet.
 pub(crate) struct Node {
@@ -33,19 +52,32 @@ impl Node {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
         let root = tempfile::tempdir().unwrap();
-        let mut bin_dirs = vec![root.path().join("bin")];
-        bin_dirs.extend(BIN_DIRS.map(PathBuf::from));
-        let network = Network::new(NetworkConfig {
-            conf_dir: root.path().join("net.d"),
-            bin_dirs,
-            cache_dir: root.path().join("records"),
-        });
+        let network = Self::network(root.path());
         for dir in ["net.d", "bin", "pods"] {
             std::fs::create_dir(root.path().join(dir)).unwrap();
         }
         let bridge = format!("pnt{pid}x{number}");
         let subnet = format!("10.{}", 128 + (pid + number * 7) % 100);
         Self { root, network, bridge, subnet }
+    }
+
+    /// The same, its chains done by plugins only.
+    pub(crate) fn executing() -> Self {
+        let mut node = Self::new();
+        node.network = node.network.with_native(false);
+        node
+    }
+
+    /// The network of the node that lives in `root`.
+    pub(crate) fn network(root: &Path) -> Network {
+        let mut bin_dirs = vec![root.join("bin")];
+        bin_dirs.extend(BIN_DIRS.map(PathBuf::from));
+        Network::new(NetworkConfig {
+            conf_dir: root.join("net.d"),
+            bin_dirs,
+            cache_dir: root.join("records"),
+            native: true,
+        })
     }
 
     pub(crate) fn configure(&self, text: &str) {
@@ -71,12 +103,18 @@ impl Node {
     pub(crate) fn leased(&self) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(self.leases().join("test")) else { return Vec::new() };
         let names = entries.flatten().map(|entry| entry.file_name().into_string().unwrap());
-        names.filter(|name| name.parse::<std::net::IpAddr>().is_ok()).collect()
+        let mut leased: Vec<_> =
+            names.filter(|name| name.parse::<std::net::IpAddr>().is_ok()).collect();
+        leased.sort();
+        leased
     }
 
     pub(crate) fn records(&self) -> usize {
         std::fs::read_dir(self.root.path().join("records")).map_or(0, |entries| {
-            entries.flatten().filter(|entry| entry.path().extension().is_some()).count()
+            entries
+                .flatten()
+                .filter(|entry| entry.path().extension().is_some_and(|suffix| suffix == "json"))
+                .count()
         })
     }
 
@@ -88,12 +126,17 @@ impl Node {
     pub(crate) fn pod(&self, id: &str) -> PodNetwork {
         let dir = self.ns_dir(id);
         namespaces::create(&Kind::ALL, &dir, &Setup::default()).unwrap();
+        Self::describe(self.root.path(), id)
+    }
+
+    /// A pod of the node that lives in `root`.
+    pub(crate) fn describe(root: &Path, id: &str) -> PodNetwork {
         PodNetwork {
             sandbox_id: id.to_owned(),
             namespace: "default".to_owned(),
             name: format!("pod-{id}"),
             uid: format!("uid-{id}"),
-            netns: dir.join("net"),
+            netns: root.join("pods").join(id).join("net"),
             ..Default::default()
         }
     }
