@@ -71,7 +71,7 @@ impl HostFacts {
     /// `cgroup_v2` and the two controllers come from the caller, who knows the hierarchies.
     pub fn read(cgroup_v2: bool, hugetlb_controller: bool, swap_accounting: bool) -> Self {
         let status = text("/proc/self/status");
-        let bounding = bounding_from_status(&status);
+        let bounding = bounding_set();
         let own_adj = text("/proc/self/oom_score_adj").trim().parse().unwrap_or(0);
         let may_lower = bounding.contains("CAP_SYS_RESOURCE");
         Self {
@@ -109,20 +109,11 @@ fn profile_name(line: &str) -> Option<String> {
     line.rsplit_once(" (").map(|(name, _)| name.to_owned())
 }
 
-/// The `CapBnd:` line of `/proc/<pid>/status` as `CAP_…` names; unknown bits are left out.
-pub(crate) fn bounding_from_status(status: &str) -> BTreeSet<String> {
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapBnd:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .unwrap_or(0);
-    crate::capabilities::NAMES
-        .iter()
-        .enumerate()
-        .filter(|(bit, _)| mask & (1 << bit) != 0)
-        .map(|(_, name)| format!("CAP_{name}"))
-        .filter(|name| Capability::from_str(name.trim_start_matches("CAP_")).is_ok())
-        .collect()
+/// The bounding set of this thread as `CAP_…` names, without those oci-spec does not know.
+fn bounding_set() -> BTreeSet<String> {
+    let held = caps::read(None, caps::CapSet::Bounding).unwrap_or_default();
+    let names = held.iter().map(ToString::to_string);
+    names.filter(|name| Capability::from_str(name.trim_start_matches("CAP_")).is_ok()).collect()
 }
 
 /// Names of `/sys/kernel/mm/hugepages` (`hugepages-2048kB`) in the cgroup's spelling.
@@ -267,12 +258,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bounding_set_is_read_from_the_status_file() {
-        let caps = bounding_from_status("Name:\tx\nCapBnd:\t000001fffeffffff\n");
-        assert!(!caps.contains("CAP_SYS_RESOURCE"), "bit 24 is clear");
-        assert!(caps.contains("CAP_CHOWN") && caps.contains("CAP_CHECKPOINT_RESTORE"));
-        assert_eq!(caps.len(), 40);
-        assert!(bounding_from_status("garbage").is_empty());
+    fn the_bounding_set_is_the_one_the_kernel_reports() {
+        let status = text("/proc/self/status");
+        let mask = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).unwrap();
+        let mask = u64::from_str_radix(mask.trim(), 16).unwrap();
+        let names = crate::capabilities::NAMES;
+        let reported = (0..names.len()).filter(|bit| mask & (1 << bit) != 0);
+        assert_eq!(
+            bounding_set(),
+            reported.map(|bit| format!("CAP_{}", names[bit])).collect::<BTreeSet<_>>()
+        );
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub(crate) fn read(path: &Path) -> Result<String> {
 pub(crate) fn read_if_present(path: &Path) -> Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
-        Err(error) if is_gone(&error) || is_unsupported(&error) => Ok(None),
+        Err(error) if is_absent(&error) => Ok(None),
         Err(source) => Err(Error::Read { path: path.to_owned(), source }),
     }
 }
@@ -56,6 +56,11 @@ pub(crate) fn try_write(path: &Path, value: &str) -> io::Result<()> {
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     let code = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
     matches!(code, Some(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV))
+}
+
+/// The file is not there, or its driver has nothing to say.
+pub(crate) fn is_absent(error: &io::Error) -> bool {
+    is_gone(error) || is_unsupported(error)
 }
 
 fn is_unsupported(error: &io::Error) -> bool {

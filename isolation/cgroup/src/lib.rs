@@ -16,6 +16,15 @@
 //! * values that decide isolation (cpusets, hugepages) are read back after the write;
 //! * only directories of our own making are ever removed, and nothing outside the hierarchy's
 //!   root is reachable: `..` is refused in every path.
+//!
+//! The libcgroups crate is used for statistics ([`stats`]) and page sizes, and judges our
+//! limits in `tests/libcgroups.rs`. Its managers do not set limits here: they write `unified`
+//! in the random order of a hash map (a partition needs its CPUs first), read nothing back,
+//! join every mounted v1 controller, know no `rsvd` limit of huge pages and, without a C
+//! library, no devices on v2; their conversion of an I/O weight above 16 overflows. Its D-Bus
+//! client is private to its systemd manager, which knows neither huge pages nor hybrid hosts,
+//! ignores whether a job succeeded and opens its socket without close-on-exec. Hierarchies
+//! are read from mountinfo, because it looks for them in one place only.
 
 mod devices;
 mod enable;

@@ -5,12 +5,11 @@
 //! reach 255 instructions; a target farther away is repeated (a return) or relayed through
 //! an unconditional jump, whichever it is costing one instruction.
 
-use std::collections::HashMap;
-
 use libc::sock_filter;
+use seccompiler::{BpfProgram, SeccompCondition, SeccompRule};
 
 use crate::Error;
-use crate::profile::{Action, Condition, Fate, Policy, Rule, Test};
+use crate::profile::{Action, Fate, Policy, Rule};
 use crate::ranges::{self, Run};
 
 const MAX_INSTRUCTIONS: usize = 4096;
@@ -21,7 +20,6 @@ const LONERS: usize = 3;
 /// Offsets in `struct seccomp_data`.
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
-const ARGUMENTS: u32 = 16;
 
 // linux/bpf_common.h; libc has these as u32.
 const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
@@ -29,15 +27,14 @@ const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
 const RETURN: u16 = 0x06; // BPF_RET | BPF_K
 const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
 const IF_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
-const IF_GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT | BPF_K
 const IF_NOT_LESS: u16 = 0x35; // BPF_JMP | BPF_JGE | BPF_K
 
 /// The program of a policy: architecture, then number, then arguments.
-pub(crate) fn program(policy: &Policy) -> Result<Vec<sock_filter>, Error> {
+pub(crate) fn program(policy: &Policy) -> Result<Vec<sock_filter>> {
     let mut assembler = Assembler::default();
     let mut sections = Vec::new();
     for (audit_arch, runs) in ranges::by_architecture(policy).into_iter().rev() {
-        let entry = assembler.section(&runs, policy.default);
+        let entry = assembler.section(&runs, policy.default)?;
         sections.push((audit_arch, entry));
     }
     let mut entry = assembler.returning(ranges::FOREIGN);
@@ -47,6 +44,22 @@ pub(crate) fn program(policy: &Policy) -> Result<Vec<sock_filter>, Error> {
     }
     assembler.load(ARCHITECTURE, entry);
     assembler.finish()
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A run of numbers, with its rules emitted.
+struct Span {
+    low: u32,
+    high: u32,
+    target: Target,
+}
+
+/// What a number leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Return(Action),
+    Rules(Label),
 }
 
 /// An instruction, counted from the program's end.
@@ -62,7 +75,7 @@ struct Assembler {
 }
 
 impl Assembler {
-    fn finish(self) -> Result<Vec<sock_filter>, Error> {
+    fn finish(self) -> Result<Vec<sock_filter>> {
         let mut program = self.reversed;
         if program.len() > MAX_INSTRUCTIONS {
             return Err(Error::TooLong { instructions: program.len() });
@@ -131,129 +144,105 @@ impl Assembler {
     }
 
     /// One architecture: load the number, find its run, act.
-    fn section(&mut self, runs: &[Run], default: Action) -> Label {
-        let mut chains: HashMap<&[Rule], Label> = HashMap::new();
+    fn section(&mut self, runs: &[Run], default: Action) -> Result<Label> {
+        // A profile has a handful of different rule lists.
+        let mut chains: Vec<(&[Rule], Label)> = Vec::new();
+        let mut spans = Vec::with_capacity(runs.len());
         for run in runs {
-            if let Fate::Depends(rules) = &run.fate
-                && !chains.contains_key(rules.as_slice())
-            {
-                let label = self.chain(rules, default);
-                chains.insert(rules, label);
-            }
+            let target = match &run.fate {
+                Fate::Always(action) => Target::Return(*action),
+                Fate::Depends(rules) => match chains.iter().find(|(known, _)| known == rules) {
+                    Some((_, label)) => Target::Rules(*label),
+                    None => {
+                        let label = self.chain(rules, default)?;
+                        chains.push((rules, label));
+                        Target::Rules(label)
+                    }
+                },
+            };
+            spans.push(Span { low: run.low, high: run.high, target });
         }
-        let search = self.search(runs, &chains);
-        self.load(NUMBER, search)
+        let search = self.search(&spans);
+        Ok(self.load(NUMBER, search))
     }
 
     /// Binary search over runs.
-    fn search(&mut self, runs: &[Run], chains: &HashMap<&[Rule], Label>) -> Label {
-        if let [run] = runs {
-            return self.fate(&run.fate, chains);
+    fn search(&mut self, spans: &[Span]) -> Label {
+        if let [span] = spans {
+            return self.target(span.target);
         }
-        if let Some((rest, loners)) = loners(runs) {
-            let mut entry = self.fate(rest, chains);
-            for run in loners {
-                let target = self.fate(&run.fate, chains);
-                entry = self.branch(IF_EQUAL, run.low, target, entry);
+        if let Some((rest, loners)) = loners(spans) {
+            let mut entry = self.target(rest);
+            for span in loners {
+                let target = self.target(span.target);
+                entry = self.branch(IF_EQUAL, span.low, target, entry);
             }
             return entry;
         }
-        let (left, right) = runs.split_at(runs.len() / 2);
+        let (left, right) = spans.split_at(spans.len() / 2);
         let boundary = right[0].low;
-        let right = self.search(right, chains);
-        let left = self.search(left, chains);
+        let right = self.search(right);
+        let left = self.search(left);
         self.branch(IF_NOT_LESS, boundary, right, left)
     }
 
-    fn fate(&mut self, fate: &Fate, chains: &HashMap<&[Rule], Label>) -> Label {
-        match fate {
-            Fate::Always(action) => self.returning(*action),
-            Fate::Depends(rules) => chains[rules.as_slice()],
+    fn target(&mut self, target: Target) -> Label {
+        match target {
+            Target::Return(action) => self.returning(action),
+            Target::Rules(label) => label,
         }
     }
 
     /// The rules of one syscall, in order, ending in the default action.
-    fn chain(&mut self, rules: &[Rule], default: Action) -> Label {
+    fn chain(&mut self, rules: &[Rule], default: Action) -> Result<Label> {
         let mut miss = self.returning(default);
         for rule in rules.iter().rev() {
-            let mut hit = self.returning(rule.action);
-            for condition in rule.conditions.iter().rev() {
-                hit = self.condition(*condition, hit, miss);
-            }
-            miss = hit;
+            let hit = self.returning(rule.action);
+            miss = self.rule(&rule.conditions, hit, miss)?;
         }
-        miss
+        Ok(miss)
     }
 
-    /// One comparison of an argument.
-    fn condition(&mut self, condition: Condition, yes: Label, no: Label) -> Label {
-        let low_word = ARGUMENTS + u32::from(condition.index) * 8 + if BIG_ENDIAN { 4 } else { 0 };
-        let high_word = ARGUMENTS + u32::from(condition.index) * 8 + if BIG_ENDIAN { 0 } else { 4 };
-        let high = (!condition.narrow).then_some(high_word);
-        match condition.test {
-            Test::Masked { mask, value, equal } => {
-                let (yes, no) = if equal { (yes, no) } else { (no, yes) };
-                let low = self.masked_word(low_word, mask as u32, value as u32, yes, no);
-                if mask >> 32 == 0 {
-                    return low;
+    /// Goes on at `hit` when all conditions hold, else at `miss`.
+    ///
+    /// seccompiler compiles the comparisons. Its block starts with two jumps around each
+    /// other that nothing needs here, leaves by its end on a match, and by skipping one more
+    /// instruction (its own return) on a mismatch. The rest is linked anew, last instruction
+    /// first, so that returns are shared and long distances relayed as everywhere else.
+    fn rule(&mut self, conditions: &[SeccompCondition], hit: Label, miss: Label) -> Result<Label> {
+        let block = BpfProgram::from(SeccompRule::new(conditions.to_vec())?);
+        let end = block.len();
+        let mut labels = vec![hit; end + 2];
+        labels[end + 1] = miss;
+        for (index, instruction) in block.iter().enumerate().skip(PREAMBLE).rev() {
+            let next = labels[index + 1];
+            let after = |skipped: usize| labels[index + 1 + skipped];
+            labels[index] = match instruction.code {
+                JUMP => after(instruction.k as usize),
+                LOAD => self.load(instruction.k, next),
+                AND => self.and(instruction.k, next),
+                code => {
+                    let (yes, no) = (after(instruction.jt.into()), after(instruction.jf.into()));
+                    self.branch(code, instruction.k, yes, no)
                 }
-                self.masked_word(high_word, (mask >> 32) as u32, (value >> 32) as u32, low, no)
-            }
-            Test::Greater { value, holds } => {
-                let (yes, no) = if holds { (yes, no) } else { (no, yes) };
-                self.ordered(IF_GREATER, value, low_word, high, yes, no)
-            }
-            Test::GreaterOrEqual { value, holds } => {
-                let (yes, no) = if holds { (yes, no) } else { (no, yes) };
-                self.ordered(IF_NOT_LESS, value, low_word, high, yes, no)
-            }
+            };
         }
-    }
-
-    fn masked_word(&mut self, word: u32, mask: u32, value: u32, yes: Label, no: Label) -> Label {
-        if mask == 0 {
-            return yes; // `value` was masked too, so both sides are zero
-        }
-        let mut entry = self.branch(IF_EQUAL, value, yes, no);
-        if mask != u32::MAX {
-            entry = self.and(mask, entry);
-        }
-        self.load(word, entry)
-    }
-
-    /// `argument > value` or `>=`, decided by the high word unless it is equal.
-    fn ordered(
-        &mut self,
-        low_test: u16,
-        value: u64,
-        low_word: u32,
-        high_word: Option<u32>,
-        yes: Label,
-        no: Label,
-    ) -> Label {
-        let low = self.branch(low_test, value as u32, yes, no);
-        let low = self.load(low_word, low);
-        let Some(high_word) = high_word else {
-            return low;
-        };
-        let high = (value >> 32) as u32;
-        let equal = self.branch(IF_EQUAL, high, low, no);
-        let greater = self.branch(IF_GREATER, high, yes, equal);
-        self.load(high_word, greater)
+        Ok(labels[PREAMBLE])
     }
 }
 
-const BIG_ENDIAN: bool = cfg!(target_endian = "big");
+/// The two jumps at the start of seccompiler's block for a rule.
+const PREAMBLE: usize = 2;
 
-/// Splits runs into one common fate and a few lone numbers that differ from it: one
+/// Splits runs into one common target and a few lone numbers that differ from it: one
 /// comparison per loner instead of two boundaries.
-fn loners(runs: &[Run]) -> Option<(&Fate, Vec<&Run>)> {
-    if runs.len() > 2 * LONERS + 1 {
+fn loners(spans: &[Span]) -> Option<(Target, Vec<&Span>)> {
+    if spans.len() > 2 * LONERS + 1 {
         return None;
     }
-    runs.iter().map(|run| &run.fate).find_map(|rest| {
-        let others: Vec<&Run> = runs.iter().filter(|run| run.fate != *rest).collect();
-        let few = others.len() <= LONERS && others.len() < runs.len() - 1;
-        (few && others.iter().all(|run| run.low == run.high)).then_some((rest, others))
+    spans.iter().map(|span| span.target).find_map(|rest| {
+        let others: Vec<&Span> = spans.iter().filter(|span| span.target != rest).collect();
+        let few = others.len() <= LONERS && others.len() < spans.len() - 1;
+        (few && others.iter().all(|span| span.low == span.high)).then_some((rest, others))
     })
 }

@@ -11,6 +11,10 @@
 //! syscall number takes through it (it precomputes which numbers are always allowed), so
 //! numbers are merged into runs and found by binary search.
 //!
+//! Comparisons of arguments are compiled by seccompiler and linked into the tree; its filters
+//! as a whole know one action, no notification and no second architecture, its way of
+//! loading them always sets `no_new_privs`.
+//!
 //! Semantics follow runc with libseccomp, which profiles are written against:
 //! * a name this build does not know is ignored;
 //! * a rule whose action equals the default action is dropped;
@@ -80,6 +84,9 @@ pub enum Error {
         /// The length the filter would have.
         instructions: usize,
     },
+    /// Conditions the compiler of comparisons does not take.
+    #[error("seccomp: {0}")]
+    Rule(#[from] seccompiler::BackendError),
     /// No syscall table for the architecture this was built for.
     #[error("seccomp: no syscall table for {0}")]
     NoTable(&'static str),

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator, LinuxSyscall,
 };
+use seccompiler::{BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition};
 
 use crate::Error;
 use crate::abi::Abi;
@@ -33,7 +34,7 @@ pub(crate) struct Table {
 }
 
 /// What happens to one syscall number.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fate {
     /// The same for every call.
     Always(Action),
@@ -42,31 +43,10 @@ pub(crate) enum Fate {
 }
 
 /// Conditions that must all hold, and what then happens.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Rule {
-    pub(crate) conditions: Vec<Condition>,
+    pub(crate) conditions: Vec<SeccompCondition>,
     pub(crate) action: Action,
-}
-
-/// One comparison of an argument.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Condition {
-    /// 0 to 5.
-    pub(crate) index: u8,
-    /// Only the low 32 bits count.
-    pub(crate) narrow: bool,
-    pub(crate) test: Test,
-}
-
-/// The comparison, after rewriting to the few forms BPF has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Test {
-    /// `(argument & mask) == value`, or its opposite.
-    Masked { mask: u64, value: u64, equal: bool },
-    /// `argument > value`, or its opposite.
-    Greater { value: u64, holds: bool },
-    /// `argument >= value`, or its opposite.
-    GreaterOrEqual { value: u64, holds: bool },
 }
 
 /// Resolves names and actions for every ABI of the profile that `native` can report.
@@ -79,8 +59,8 @@ pub(crate) fn resolve(native: Abi, profile: &LinuxSeccomp) -> Result<Policy, Err
     for syscall in syscalls {
         check(syscall)?;
     }
-
-    let index = Index::new(syscalls);
+    let entries = syscalls.iter().map(Entry::new).collect::<Result<Vec<_>, _>>()?;
+    let index = Index::new(&entries);
     let listed: Vec<Abi> = profile
         .architectures()
         .iter()
@@ -150,41 +130,63 @@ fn denies(action: LinuxSeccompAction) -> bool {
 
 /// The `SECCOMP_RET_*` value of an OCI action; errno defaults to `EPERM`.
 pub(crate) fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Action {
-    let data = errno.unwrap_or(libc::EPERM as u32) & libc::SECCOMP_RET_DATA;
-    match action {
+    let data = errno.unwrap_or(libc::EPERM as u32);
+    let action = match action {
         LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
-            libc::SECCOMP_RET_KILL_THREAD
+            SeccompAction::KillThread
         }
-        LinuxSeccompAction::ScmpActKillProcess => libc::SECCOMP_RET_KILL_PROCESS,
-        LinuxSeccompAction::ScmpActTrap => libc::SECCOMP_RET_TRAP,
-        LinuxSeccompAction::ScmpActErrno => libc::SECCOMP_RET_ERRNO | data,
-        LinuxSeccompAction::ScmpActNotify => libc::SECCOMP_RET_USER_NOTIF,
-        LinuxSeccompAction::ScmpActTrace => libc::SECCOMP_RET_TRACE | data,
-        LinuxSeccompAction::ScmpActLog => libc::SECCOMP_RET_LOG,
-        LinuxSeccompAction::ScmpActAllow => libc::SECCOMP_RET_ALLOW,
+        LinuxSeccompAction::ScmpActKillProcess => SeccompAction::KillProcess,
+        LinuxSeccompAction::ScmpActTrap => SeccompAction::Trap,
+        LinuxSeccompAction::ScmpActErrno => SeccompAction::Errno(data),
+        LinuxSeccompAction::ScmpActTrace => SeccompAction::Trace(data),
+        LinuxSeccompAction::ScmpActLog => SeccompAction::Log,
+        LinuxSeccompAction::ScmpActAllow => SeccompAction::Allow,
+        // seccompiler's callers have no supervisor to ask.
+        LinuxSeccompAction::ScmpActNotify => return libc::SECCOMP_RET_USER_NOTIF,
+    };
+    action.into()
+}
+
+/// One entry of the profile, compiled for both widths of arguments.
+struct Entry<'a> {
+    syscall: &'a LinuxSyscall,
+    action: Action,
+    wide: Vec<Rule>,
+    narrow: Vec<Rule>,
+}
+
+impl<'a> Entry<'a> {
+    fn new(syscall: &'a LinuxSyscall) -> Result<Self, BackendError> {
+        let action = action(syscall.action(), syscall.errno_ret());
+        let rules = |narrow| alternatives(narrow, syscall, action);
+        Ok(Self { syscall, action, wide: rules(false)?, narrow: rules(true)? })
+    }
+
+    fn rules(&self, abi: Abi) -> Vec<Rule> {
+        if abi.narrow_arguments() { self.narrow.clone() } else { self.wide.clone() }
     }
 }
 
 /// The entries that mention a name, in the profile's order. Built once: looking every name
 /// up in every ABI's table would cost more than loading the filter.
-struct Index<'a>(HashMap<&'a str, (&'a LinuxSyscall, Vec<&'a LinuxSyscall>)>);
+struct Index<'a>(HashMap<&'a str, (&'a Entry<'a>, Vec<&'a Entry<'a>>)>);
 
 impl<'a> Index<'a> {
-    fn new(syscalls: &'a [LinuxSyscall]) -> Self {
-        let names = syscalls.iter().map(|syscall| syscall.names().len()).sum();
+    fn new(entries: &'a [Entry<'a>]) -> Self {
+        let names = entries.iter().map(|entry| entry.syscall.names().len()).sum();
         let mut index = HashMap::with_capacity(names);
-        for syscall in syscalls {
-            for name in syscall.names() {
+        for entry in entries {
+            for name in entry.syscall.names() {
                 index
                     .entry(name.as_str())
-                    .and_modify(|(_, more): &mut (_, Vec<_>)| more.push(syscall))
-                    .or_insert((syscall, Vec::new()));
+                    .and_modify(|(_, more): &mut (_, Vec<_>)| more.push(entry))
+                    .or_insert((entry, Vec::new()));
             }
         }
         Self(index)
     }
 
-    fn of(&self, name: &str) -> impl Iterator<Item = &'a LinuxSyscall> {
+    fn of(&self, name: &str) -> impl Iterator<Item = &'a Entry<'a>> {
         let entry = self.0.get(name);
         entry.into_iter().flat_map(|(first, more)| std::iter::once(first).chain(more)).copied()
     }
@@ -195,11 +197,10 @@ fn table(abi: Abi, index: &Index<'_>, default: Action) -> Table {
     let mut last_known = None;
     abi.each_call(&mut |name, number| {
         let mut fate = None;
-        for syscall in index.of(name) {
+        for entry in index.of(name) {
             last_known = Some(number);
-            let action = action(syscall.action(), syscall.errno_ret());
-            if action != default {
-                fate = Some(combine(fate.take(), action, alternatives(abi, syscall, action)));
+            if entry.action != default {
+                fate = Some(combine(fate.take(), entry.action, entry.rules(abi)));
             }
         }
         if let Some(fate) = fate {
@@ -226,7 +227,11 @@ fn combine(fate: Option<Fate>, action: Action, rules: Vec<Rule>) -> Fate {
 
 /// The rules of one entry: empty without arguments, one rule with all conditions, or one
 /// rule per condition when an argument is named twice.
-fn alternatives(abi: Abi, syscall: &LinuxSyscall, action: Action) -> Vec<Rule> {
+fn alternatives(
+    narrow: bool,
+    syscall: &LinuxSyscall,
+    action: Action,
+) -> Result<Vec<Rule>, BackendError> {
     let arguments = syscall.args().as_deref().unwrap_or_default();
     let mut seen = [false; 6];
     let mut repeated = false;
@@ -235,9 +240,9 @@ fn alternatives(abi: Abi, syscall: &LinuxSyscall, action: Action) -> Vec<Rule> {
             repeated |= std::mem::replace(slot, true);
         }
     }
-    let conditions: Vec<Condition> =
-        arguments.iter().map(|argument| condition(abi, argument)).collect();
-    if conditions.is_empty() {
+    let conditions: Vec<SeccompCondition> =
+        arguments.iter().map(|argument| condition(narrow, argument)).collect::<Result<_, _>>()?;
+    Ok(if conditions.is_empty() {
         Vec::new()
     } else if repeated {
         conditions
@@ -246,24 +251,29 @@ fn alternatives(abi: Abi, syscall: &LinuxSyscall, action: Action) -> Vec<Rule> {
             .collect()
     } else {
         vec![Rule { conditions, action }]
-    }
+    })
 }
 
-fn condition(abi: Abi, argument: &LinuxSeccompArg) -> Condition {
-    let narrow = |value: u64| if abi.narrow_arguments() { value & 0xFFFF_FFFF } else { value };
-    let full = narrow(u64::MAX);
-    let value = narrow(argument.value());
-    let test = match argument.op() {
-        LinuxSeccompOperator::ScmpCmpEq => Test::Masked { mask: full, value, equal: true },
-        LinuxSeccompOperator::ScmpCmpNe => Test::Masked { mask: full, value, equal: false },
-        LinuxSeccompOperator::ScmpCmpGt => Test::Greater { value, holds: true },
-        LinuxSeccompOperator::ScmpCmpLe => Test::Greater { value, holds: false },
-        LinuxSeccompOperator::ScmpCmpGe => Test::GreaterOrEqual { value, holds: true },
-        LinuxSeccompOperator::ScmpCmpLt => Test::GreaterOrEqual { value, holds: false },
+/// One comparison; the values of a narrow ABI are compared by their low half.
+fn condition(narrow: bool, argument: &LinuxSeccompArg) -> Result<SeccompCondition, BackendError> {
+    let cut = |value: u64| if narrow { value & 0xFFFF_FFFF } else { value };
+    let value = cut(argument.value());
+    let (operator, value) = match argument.op() {
+        LinuxSeccompOperator::ScmpCmpEq => (SeccompCmpOp::Eq, value),
+        LinuxSeccompOperator::ScmpCmpNe => (SeccompCmpOp::Ne, value),
+        LinuxSeccompOperator::ScmpCmpGt => (SeccompCmpOp::Gt, value),
+        LinuxSeccompOperator::ScmpCmpGe => (SeccompCmpOp::Ge, value),
+        LinuxSeccompOperator::ScmpCmpLt => (SeccompCmpOp::Lt, value),
+        LinuxSeccompOperator::ScmpCmpLe => (SeccompCmpOp::Le, value),
         LinuxSeccompOperator::ScmpCmpMaskedEq => {
-            let datum = narrow(argument.value_two().unwrap_or(0));
-            Test::Masked { mask: value, value: datum & value, equal: true }
+            (SeccompCmpOp::MaskedEq(value), cut(argument.value_two().unwrap_or(0)))
         }
     };
-    Condition { index: argument.index() as u8, narrow: abi.narrow_arguments(), test }
+    // A mask without high bits leaves nothing to compare there, which saves three instructions.
+    let low_mask = matches!(operator, SeccompCmpOp::MaskedEq(mask) if mask >> 32 == 0);
+    let length = match narrow || low_mask {
+        true => SeccompCmpArgLen::Dword,
+        false => SeccompCmpArgLen::Qword,
+    };
+    SeccompCondition::new(argument.index() as u8, length, operator, value)
 }

@@ -1,7 +1,14 @@
 //! The five capability sets of a process.
+//!
+//! Names, numbers and the bounding and ambient sets are those of the caps crate. The three
+//! base sets stay masks, set in one capset(2): caps would read and write each of the three in
+//! turn, six calls with states in between that the kernel may refuse.
 
+use caps::{CapSet, Capability as Known};
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 use rustix::thread::CapabilitySet;
+
+use crate::error::{Doing, Failure, Result};
 
 /// The sets as bit masks; bit n is capability n of capabilities(7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,22 +64,34 @@ impl CapabilitySets {
     }
 }
 
+/// Every capability that has a name here, by number (capabilities(7)).
+#[must_use]
+pub fn all() -> Vec<Known> {
+    let mut all: Vec<Known> = caps::all().into_iter().collect();
+    all.sort_unstable_by_key(Known::index);
+    all
+}
+
+/// The one-bit mask of a capability.
+#[must_use]
+pub fn bit(capability: Known) -> CapabilitySet {
+    CapabilitySet::from_bits_retain(capability.bitmask())
+}
+
 /// The mask of some capabilities.
 pub fn mask(capabilities: impl IntoIterator<Item = Capability>) -> CapabilitySet {
+    let known = |capability: Capability| format!("CAP_{capability}").parse::<Known>().ok();
     capabilities
         .into_iter()
-        .filter_map(|capability| {
-            let name = capability.to_string();
-            NAMES.iter().position(|known| *known == name)
-        })
-        .fold(CapabilitySet::empty(), |set, n| set | CapabilitySet::from_bits_retain(1 << n))
+        .filter_map(known)
+        .fold(CapabilitySet::empty(), |set, capability| set | bit(capability))
 }
 
 /// The `CAP_` names of a mask, by number.
 #[must_use]
 pub fn names(set: CapabilitySet) -> Vec<String> {
-    let present = |n: &usize| set.bits() & (1 << n) != 0;
-    (0..NAMES.len()).filter(present).map(|n| format!("CAP_{}", NAMES[n])).collect()
+    let present = all().into_iter().filter(|capability| set.contains(bit(*capability)));
+    present.map(|capability| capability.to_string()).collect()
 }
 
 /// The capability of a name such as `CAP_NET_ADMIN`, `net_admin`.
@@ -82,50 +101,81 @@ pub fn parse(name: &str) -> Option<Capability> {
     upper.strip_prefix("CAP_").unwrap_or(&upper).parse().ok()
 }
 
-/// Names by number, `include/uapi/linux/capability.h`.
-pub const NAMES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
+/// Every capability a configuration asks for, in any of the sets.
+#[must_use]
+pub fn asked(sets: Option<&LinuxCapabilities>) -> CapabilitySet {
+    let Some(sets) = sets else { return CapabilitySet::empty() };
+    let all =
+        [sets.bounding(), sets.effective(), sets.permitted(), sets.inheritable(), sets.ambient()];
+    mask(all.into_iter().flatten().flatten().copied())
+}
+
+/// What this process can pass on of `wanted`: permitted, and within its own bounding set.
+///
+/// # Errors
+/// As capget(2).
+pub fn available(wanted: CapabilitySet) -> Result<CapabilitySet> {
+    let permitted = rustix::thread::capabilities(None).doing(|| "capget".into())?.permitted;
+    let bounded = |capability: &Known| {
+        // An error stands for a capability the kernel does not know.
+        caps::has_cap(None, CapSet::Bounding, *capability).unwrap_or(false)
+    };
+    let possible = wanted & permitted;
+    Ok(all()
+        .into_iter()
+        .filter(|capability| possible.contains(bit(*capability)))
+        .filter(bounded)
+        .fold(CapabilitySet::empty(), |set, capability| set | bit(capability)))
+}
+
+/// Takes everything but `keep` out of the bounding set of the calling thread.
+///
+/// # Errors
+/// `EPERM` without `CAP_SETPCAP`, unless there was nothing to take out.
+pub fn limit(keep: CapabilitySet) -> Result<(), Failure> {
+    let doing = |name: String| move || format!("drop {name} from the bounding set");
+    for capability in all().into_iter().filter(|capability| !keep.contains(bit(*capability))) {
+        match caps::drop(None, CapSet::Bounding, capability) {
+            Ok(()) => {}
+            // Not there to begin with, or a kernel that ends before this number.
+            Err(_) if !matches!(caps::has_cap(None, CapSet::Bounding, capability), Ok(true)) => {}
+            Err(error) => {
+                return Err(Failure::refused(format!(
+                    "{}: {error}",
+                    doing(capability.to_string())()
+                )));
+            }
+        }
+    }
+    // A kernel may have capabilities newer than the names.
+    for number in FIRST_WITHOUT_NAME..u64::BITS {
+        let unnamed = CapabilitySet::from_bits_retain(1 << number);
+        match rustix::thread::remove_capability_from_bounding_set(unnamed) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::INVAL) => return Ok(()),
+            Err(rustix::io::Errno::PERM)
+                if !rustix::thread::capability_is_in_bounding_set(unnamed).unwrap_or(true) => {}
+            Err(error) => return Err(error).doing(doing(format!("capability {number}"))),
+        }
+    }
+    Ok(())
+}
+
+const FIRST_WITHOUT_NAME: u32 = Known::CAP_CHECKPOINT_RESTORE as u32 + 1;
+
+/// Makes `wanted` the ambient set of the calling thread.
+///
+/// # Errors
+/// `EPERM` for what is not both permitted and inheritable.
+pub fn set_ambient(wanted: CapabilitySet) -> Result<(), Failure> {
+    let refused =
+        |error: caps::errors::CapsError| Failure::refused(format!("ambient set: {error}"));
+    caps::clear(None, CapSet::Ambient).map_err(refused)?;
+    for capability in all().into_iter().filter(|capability| wanted.contains(bit(*capability))) {
+        caps::raise(None, CapSet::Ambient, capability).map_err(refused)?;
+    }
+    Ok(())
+}
 
 #[cfg(test)]
 mod tests {
@@ -137,12 +187,28 @@ mod tests {
 
     #[test]
     fn every_capability_of_the_specification_has_a_number() {
-        for (number, name) in NAMES.iter().enumerate() {
-            let capability = parse(name).unwrap_or_else(|| panic!("{name}"));
-            assert_eq!(mask([capability]).bits(), 1 << number);
+        for (number, known) in all().into_iter().enumerate() {
+            let name = known.to_string();
+            let capability = parse(&name).unwrap_or_else(|| panic!("{name}"));
+            assert_eq!(mask([capability]).bits(), 1 << number, "{name}");
         }
         assert_eq!(parse("cap_net_admin"), Some(Capability::NetAdmin));
         assert_eq!(parse("CAP_FOO"), None);
+    }
+
+    #[test]
+    fn what_can_be_passed_on_is_what_the_kernel_reports() {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let set = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+            CapabilitySet::from_bits_retain(u64::from_str_radix(line.trim(), 16).unwrap())
+        };
+        let named = all().into_iter().fold(CapabilitySet::empty(), |set, c| set | bit(c));
+        assert_eq!(
+            available(CapabilitySet::all()).unwrap(),
+            set("CapPrm:") & set("CapBnd:") & named
+        );
+        assert_eq!(available(CapabilitySet::empty()).unwrap(), CapabilitySet::empty());
     }
 
     #[test]

@@ -10,7 +10,6 @@ use std::path::Path;
 use oci_spec::runtime::LinuxNamespaceType;
 use pinion_cgroup::{Cgroup, Driver, Hierarchies};
 use pinion_sys::clone::Child;
-use rustix::thread::CapabilitySet;
 
 use crate::child::{Init, run_init};
 use crate::config::Spec;
@@ -22,7 +21,7 @@ use crate::plan::{Facts, Plan};
 use crate::protocol::{Channel, Message};
 use crate::state::{Lock, Process, Record, StateDir};
 use crate::status::Status;
-use crate::{config, delete, hooks, isolation, paths};
+use crate::{capability, config, delete, hooks, isolation, paths};
 
 /// What `create` and `run` are told.
 #[derive(Debug)]
@@ -67,8 +66,10 @@ pub fn create(options: CreateOptions<'_>) -> Result<Created> {
         .doing(|| format!("resolve {}", options.bundle.display()))?;
     let (parsed, bytes) = config::load_spec(&bundle.join("config.json"))?;
     let spec = parsed.value;
+    let process = spec.process.as_ref();
+    let asked = capability::asked(process.and_then(|process| process.capabilities.as_ref()));
     let facts = Facts {
-        capabilities: own_capabilities()?,
+        capabilities: capability::available(asked)?,
         privileged: rustix::process::geteuid().is_root(),
     };
     let mut plan = Plan::new(&spec, &bundle, facts)?;
@@ -191,17 +192,6 @@ fn run_runtime_hooks(plan: &Plan, record: &Record, channel: &Channel) -> Result<
     hooks::run("createRuntime", &plan.hooks.create_runtime, &creating, &record.bundle)?;
     channel.proceed(&creating).doing(|| "let the process go on".into())?;
     Ok(())
-}
-
-/// What the runtime can pass on: permitted and within its own bounding set.
-pub(crate) fn own_capabilities() -> Result<CapabilitySet> {
-    let permitted = rustix::thread::capabilities(None).doing(|| "capget".into())?.permitted;
-    let status =
-        std::fs::read_to_string("/proc/self/status").doing(|| "read /proc/self/status".into())?;
-    let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:"));
-    let bounding = bounding.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let bounding = bounding.ok_or_else(|| Failure::refused("/proc/self/status has no CapBnd"))?;
-    Ok(permitted & CapabilitySet::from_bits_retain(bounding))
 }
 
 /// What the pure plan cannot know.

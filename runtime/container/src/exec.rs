@@ -17,7 +17,7 @@ use crate::process::ProcessPlan;
 use crate::protocol::Channel;
 use crate::state::{Record, StateDir};
 use crate::status::Status;
-use crate::{config, create, listener, paths};
+use crate::{capability, config, create, listener, paths};
 
 /// What `exec` is told.
 #[derive(Debug)]
@@ -83,7 +83,10 @@ pub fn exec(
     let init = record.init.ok_or(Error::NotRunning)?;
     let container = init.open().doing(|| "pidfd_open".into())?.ok_or(Error::NotRunning)?;
     let joins_user = record.namespaces & bit(LinuxNamespaceType::User) != 0;
-    let available = if joins_user { CapabilitySet::all() } else { create::own_capabilities()? };
+    let available = match joins_user {
+        true => CapabilitySet::all(),
+        false => capability::available(capability::asked(process.capabilities.as_ref()))?,
+    };
     let (plan, warnings) = ProcessPlan::plan(process, available)?;
     create::check_labels(&plan)?;
     create::check_descriptors(options.preserve_fds)?;

@@ -1,7 +1,5 @@
 //! Conversions and checks shared by both cgroup versions. Pure, except for the page sizes.
 
-use std::fs;
-
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit};
 
 use crate::{Error, Result, lists};
@@ -118,27 +116,22 @@ pub(crate) fn list<'a>(field: &'static str, text: Option<&'a String>) -> Result<
 }
 
 /// The huge page sizes this kernel knows, in the controller's spelling (`2MB`, `1GB`), with
-/// their sizes in bytes.
+/// their sizes in bytes; none where it has no huge pages.
 #[must_use]
 pub fn hugepage_sizes() -> Vec<(String, u64)> {
-    let Ok(entries) = fs::read_dir("/sys/kernel/mm/hugepages") else {
-        return Vec::new();
-    };
-    let kib = entries.filter_map(|entry| {
-        let name = entry.ok()?.file_name();
-        name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok()
-    });
-    let mut sizes: Vec<(String, u64)> = kib.map(|kib| (size_name(kib), kib << 10)).collect();
+    let names = libcgroups::stats::supported_page_sizes().unwrap_or_default();
+    let sized = names.into_iter().filter_map(|name| Some((size_of_name(&name)?, name)));
+    let mut sizes: Vec<(String, u64)> = sized.map(|(bytes, name)| (name, bytes)).collect();
     sizes.sort_by_key(|(_, bytes)| *bytes);
     sizes
 }
 
-fn size_name(kib: u64) -> String {
-    match kib {
-        0..1024 => format!("{kib}KB"),
-        1024..1_048_576 => format!("{}MB", kib >> 10),
-        _ => format!("{}GB", kib >> 20),
-    }
+/// `2MB` in bytes.
+fn size_of_name(name: &str) -> Option<u64> {
+    let (number, shift) = [("KB", 10), ("MB", 20), ("GB", 30)]
+        .iter()
+        .find_map(|(unit, shift)| Some((name.strip_suffix(unit)?, *shift)))?;
+    number.parse::<u64>().ok()?.checked_shl(shift)
 }
 
 /// A huge page limit, checked: file-name part, page size in bytes, value (`None` is
@@ -239,10 +232,10 @@ mod tests {
     }
 
     #[test]
-    fn page_sizes_are_spelt_as_the_controller_spells_them() {
-        assert_eq!(size_name(64), "64KB");
-        assert_eq!(size_name(2048), "2MB");
-        assert_eq!(size_name(1_048_576), "1GB");
-        assert_eq!(size_name(16_777_216), "16GB");
+    fn page_sizes_are_understood_as_the_controller_spells_them() {
+        assert_eq!(size_of_name("64KB"), Some(64 << 10));
+        assert_eq!(size_of_name("2MB"), Some(2 << 20));
+        assert_eq!(size_of_name("16GB"), Some(16 << 30));
+        assert_eq!(size_of_name("2"), None);
     }
 }

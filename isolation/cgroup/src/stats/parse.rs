@@ -1,11 +1,19 @@
 //! The text formats of cgroup files. Lines that make no sense are skipped: a statistic is
 //! no reason to fail.
+//!
+//! libcgroups reads what it reads whole: processes, RDMA devices, page sizes. Not used are its
+//! pressure parser, which leaves out the totals (and panics on a line of less than four
+//! bytes); its flat keyed files and `io.stat`, which are an error as a whole when one line is
+//! odd, as the kernel's are for devices without I/O ("259:1" alone).
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{BlkioEntry, Pressure, PressureLine};
-use crate::{Result, file, lists};
+use libcgroups::common::WrappedIoError;
+use libcgroups::stats::{ParseNestedKeyedDataError, PidStatsError};
+
+use super::{BlkioEntry, Pids, Pressure, PressureLine};
+use crate::{Error, Result, file, lists};
 
 /// The value of `key` in "key value" lines.
 pub(crate) fn value_of(text: &str, key: &str) -> Option<u64> {
@@ -102,18 +110,51 @@ fn device_number(text: &str) -> Option<(u64, u64)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// "mlx4_0 hca_handle=2 hca_object=max" lines.
-pub(super) fn rdma(text: &str) -> BTreeMap<String, BTreeMap<String, u64>> {
-    let devices = text.lines().filter_map(|line| {
-        let (name, values) = line.split_once(' ')?;
-        let values = values.split_whitespace().filter_map(|field| {
+/// A file of "mlx4_0 hca_handle=2 hca_object=max" lines; empty when it is not there.
+pub(super) fn rdma(
+    directory: &Path,
+    name: &str,
+) -> Result<BTreeMap<String, BTreeMap<String, u64>>> {
+    let path = directory.join(name);
+    let lines = match libcgroups::stats::parse_nested_keyed_data(&path) {
+        Ok(lines) => lines,
+        Err(ParseNestedKeyedDataError::WrappedIo(error)) => return absent(path, error),
+        // A line without values: a device that is going away.
+        Err(ParseNestedKeyedDataError::DoesNotConform { .. }) => return Ok(BTreeMap::new()),
+    };
+    let values = |fields: Vec<String>| {
+        let fields = fields.into_iter().filter_map(|field| {
             let (key, value) = field.split_once('=')?;
             let value = if value == "max" { u64::MAX } else { value.parse().ok()? };
             Some((key.to_owned(), value))
         });
-        Some((name.to_owned(), values.collect()))
-    });
-    devices.collect()
+        fields.collect()
+    };
+    Ok(lines.into_iter().map(|(device, fields)| (device, values(fields))).collect())
+}
+
+/// How many processes and threads there are and may be; zeros without the controller.
+pub(super) fn pids(directory: &Path) -> Result<Pids> {
+    let parse = |file: &str, text: String| Error::Parse {
+        path: directory.join(file),
+        text,
+        expected: "a number",
+    };
+    match libcgroups::stats::pid_stats(directory) {
+        Ok(stats) => Ok(Pids { current: stats.current, limit: stats.limit }),
+        Err(PidStatsError::WrappedIo(error)) => absent(directory.join("pids.current"), error),
+        Err(PidStatsError::ParseCurrent(error)) => Err(parse("pids.current", error.to_string())),
+        Err(PidStatsError::ParseLimit(error)) => Err(parse("pids.max", error.to_string())),
+    }
+}
+
+/// Nothing, when a file was not read because it is not there.
+fn absent<T: Default>(path: PathBuf, error: WrappedIoError) -> Result<T> {
+    match error {
+        WrappedIoError::Read { err, .. } if file::is_absent(&err) => Ok(T::default()),
+        WrappedIoError::Read { err: source, path } => Err(Error::Read { path, source }),
+        other => Err(Error::Read { path, source: std::io::Error::other(other) }),
+    }
 }
 
 /// The page sizes for which `directory` has files `hugetlb.SIZE.SUFFIX`.
@@ -161,8 +202,12 @@ mod tests {
 
     #[test]
     fn rdma_limits_may_be_unlimited() {
-        let devices = rdma("mlx4_0 hca_handle=2 hca_object=max\n");
+        let directory = tempfile::tempdir().unwrap();
+        let max = directory.path().join("rdma.max");
+        std::fs::write(max, "mlx4_0 hca_handle=2 hca_object=max\n").unwrap();
+        let devices = rdma(directory.path(), "rdma.max").unwrap();
         assert_eq!(devices["mlx4_0"]["hca_handle"], 2);
         assert_eq!(devices["mlx4_0"]["hca_object"], u64::MAX);
+        assert!(rdma(directory.path(), "rdma.current").unwrap().is_empty());
     }
 }

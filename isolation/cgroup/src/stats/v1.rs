@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::parse::{hugetlb_sizes, list, map, number, pressure, rdma, text, v1_devices, value_of};
-use super::{
-    Blkio, Cpu, CpuUsage, Cpuset, Hugetlb, Memory, MemoryEntry, Pids, Rdma, Stats, Throttling,
+use super::parse::{
+    hugetlb_sizes, list, map, number, pids, pressure, rdma, text, v1_devices, value_of,
 };
+use super::{Blkio, Cpu, CpuUsage, Cpuset, Hugetlb, Memory, MemoryEntry, Rdma, Stats, Throttling};
 use crate::Result;
 
 /// `cpuacct.stat` counts in user-visible ticks, 100 per second on every architecture.
@@ -34,11 +34,7 @@ pub(crate) fn read(directories: &BTreeMap<&str, &Path>, unified: Option<&Path>) 
         stats.memory = memory(directory)?;
     }
     if let Some(directory) = of("pids") {
-        let limit = number(directory, "pids.max")?;
-        stats.pids = Pids {
-            current: number(directory, "pids.current")?,
-            limit: if limit == u64::MAX { 0 } else { limit },
-        };
+        stats.pids = pids(directory)?;
     }
     if let Some(directory) = of("blkio") {
         stats.blkio = blkio(directory)?;
@@ -47,10 +43,8 @@ pub(crate) fn read(directories: &BTreeMap<&str, &Path>, unified: Option<&Path>) 
         stats.hugetlb = hugetlb(directory)?;
     }
     if let Some(directory) = of("rdma") {
-        stats.rdma = Rdma {
-            current: rdma(&text(directory, "rdma.current")?),
-            limit: rdma(&text(directory, "rdma.max")?),
-        };
+        stats.rdma =
+            Rdma { current: rdma(directory, "rdma.current")?, limit: rdma(directory, "rdma.max")? };
     }
     if let Some(unified) = unified {
         stats.cpu.psi = pressure(unified, "cpu.pressure")?;

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::parse::{
-    hugetlb_sizes, keyed_devices, list, map, number, pressure, rdma, text, value_of,
+    hugetlb_sizes, keyed_devices, list, map, number, pids, pressure, rdma, text, value_of,
 };
 use super::{
-    Blkio, BlkioEntry, Cpu, CpuUsage, Cpuset, Hugetlb, Memory, MemoryEntry, Pids, Rdma, Stats,
-    Throttling,
+    Blkio, BlkioEntry, Cpu, CpuUsage, Cpuset, Hugetlb, Memory, MemoryEntry, Rdma, Stats, Throttling,
 };
 use crate::Result;
 
@@ -27,8 +26,8 @@ pub(crate) fn read(directory: &Path) -> Result<Stats> {
         blkio: blkio(directory)?,
         hugetlb: hugetlb(directory)?,
         rdma: Rdma {
-            current: rdma(&text(directory, "rdma.current")?),
-            limit: rdma(&text(directory, "rdma.max")?),
+            current: rdma(directory, "rdma.current")?,
+            limit: rdma(directory, "rdma.max")?,
         },
     })
 }
@@ -79,14 +78,6 @@ fn memory(directory: &Path) -> Result<Memory> {
         raw,
         events,
         psi: pressure(directory, "memory.pressure")?,
-    })
-}
-
-fn pids(directory: &Path) -> Result<Pids> {
-    let limit = number(directory, "pids.max")?;
-    Ok(Pids {
-        current: number(directory, "pids.current")?,
-        limit: if limit == u64::MAX { 0 } else { limit },
     })
 }
 

@@ -9,8 +9,7 @@ use crate::Error;
 pub(crate) fn run() -> Result<i32, Error> {
     let mut mount_options: Vec<String> = mount_options::known().collect();
     mount_options.sort();
-    let capabilities: Vec<String> =
-        capability::NAMES.iter().map(|name| format!("CAP_{name}")).collect();
+    let capabilities: Vec<String> = capability::all().iter().map(ToString::to_string).collect();
     let seccomp_flags = [
         "SECCOMP_FILTER_FLAG_TSYNC",
         "SECCOMP_FILTER_FLAG_SPEC_ALLOW",

@@ -10,6 +10,7 @@ use pinion_seccomp::Program;
 use rustix::thread::{CapabilitySet, CapabilitySets as ThreadSets};
 
 use super::{During, Step, Stopped, program};
+use crate::capability;
 use crate::error::{Doing, Failure};
 use crate::process::ProcessPlan;
 use crate::protocol::{Channel, Message};
@@ -33,7 +34,7 @@ pub(crate) fn adopt(
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(plan.umask));
     let first = i32::try_from(keep).unwrap_or(i32::MAX).saturating_add(3);
     pinion_sys::fd::cloexec_from(first).doing(|| "close_range".into())?;
-    drop_bounding(plan.capabilities.bounding)?;
+    capability::limit(plan.capabilities.bounding)?;
     rustix::thread::set_keep_capabilities(true).doing(|| "PR_SET_KEEPCAPS".into())?;
     match pinion_sys::process::set_groups(&plan.groups) {
         // Where setgroups is denied (an unprivileged user namespace), there are none to drop.
@@ -56,24 +57,6 @@ fn scheduling(plan: &ProcessPlan) -> Result<(), Failure> {
     Ok(())
 }
 
-fn drop_bounding(keep: CapabilitySet) -> Result<(), Failure> {
-    for number in 0..u64::BITS {
-        let capability = CapabilitySet::from_bits_retain(1 << number);
-        if keep.contains(capability) {
-            continue;
-        }
-        match rustix::thread::remove_capability_from_bounding_set(capability) {
-            Ok(()) => {}
-            // The first number past the kernel's last capability.
-            Err(rustix::io::Errno::INVAL) => return Ok(()),
-            Err(rustix::io::Errno::PERM)
-                if !rustix::thread::capability_is_in_bounding_set(capability).unwrap_or(true) => {}
-            Err(error) => return Err(error).doing(|| "drop the bounding set".into()),
-        }
-    }
-    Ok(())
-}
-
 /// Sets the remaining capability sets. While a filter is still to be loaded without
 /// `no_new_privs`, `CAP_SYS_ADMIN` stays; execve(2) computes the sets anew from the bounding,
 /// inheritable and ambient ones and drops it.
@@ -91,15 +74,7 @@ fn raise(plan: &ProcessPlan, filter: Option<&Program>) -> Result<(), Failure> {
     };
     rustix::thread::set_capabilities(None, thread)
         .doing(|| "error applying capabilities".into())?;
-    rustix::thread::clear_ambient_capability_set().doing(|| "clear the ambient set".into())?;
-    for number in 0..u64::BITS {
-        let capability = CapabilitySet::from_bits_retain(1 << number);
-        if sets.ambient.contains(capability) {
-            rustix::thread::configure_capability_in_ambient_set(capability, true)
-                .doing(|| "raise the ambient set".into())?;
-        }
-    }
-    Ok(())
+    capability::set_ambient(sets.ambient)
 }
 
 /// Has the kernel apply the plan's security labels at execve(2).
