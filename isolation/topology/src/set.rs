@@ -220,6 +220,19 @@ impl<K: Kind> IdSet<K> {
         Ok(set)
     }
 
+    /// The hexadecimal bitmap that [`Self::from_mask`] reads, without leading zeros.
+    #[must_use]
+    pub fn mask(&self) -> String {
+        let halves = |word: &u64| [*word as u32, (*word >> 32) as u32];
+        let mut groups: Vec<u32> = self.words.iter().flat_map(halves).collect();
+        while groups.len() > 1 && groups.last() == Some(&0) {
+            groups.pop();
+        }
+        let mut text = format!("{:x}", groups.pop().unwrap_or(0));
+        groups.iter().rev().for_each(|group| text.push_str(&format!(",{group:08x}")));
+        text
+    }
+
     fn set(&mut self, id: u32) {
         let index = id as usize / 64;
         if self.words.len() <= index {
@@ -396,6 +409,13 @@ mod tests {
     }
 
     #[test]
+    fn masks_are_written_as_the_kernel_writes_them() {
+        assert_eq!(cpus("0-1,4-7").mask(), "f3");
+        assert_eq!(cpus("32").mask(), "1,00000000");
+        assert_eq!(CpuSet::new().mask(), "0");
+    }
+
+    #[test]
     fn serde_uses_the_list() {
         let set: CpuSet = serde_json::from_str(r#""2-3,6""#).unwrap();
         assert_eq!(set, cpus("2,3,6"));
@@ -418,6 +438,7 @@ mod tests {
         fn text_round_trips(ids in ids()) {
             let set = to_set(&ids);
             prop_assert_eq!(&cpus(&set.to_string()), &set);
+            prop_assert_eq!(&CpuSet::from_mask(&set.mask()).unwrap(), &set);
             prop_assert_eq!(set.iter().collect::<BTreeSet<_>>(), ids.clone());
             prop_assert_eq!(set.len(), ids.len());
             prop_assert_eq!(set.last(), ids.last().copied());
