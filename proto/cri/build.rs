@@ -1,7 +1,7 @@
 //! Compiles the .proto files with protox, so no protoc is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/cri.proto", "proto/admin.proto"];
+    let files = ["proto/cri.proto", "proto/admin.proto", "proto/podresources.proto"];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

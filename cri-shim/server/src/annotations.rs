@@ -3,23 +3,46 @@
 //! | annotation | value | meaning |
 //! |---|---|---|
 //! | `cpu.pinion.dev/exclusive` | `true`, `false` | every container of the pod owns its cpuset alone, or none does whatever its requests look like |
-//! | `cpu.pinion.dev/exclusive.<container>` | `true`, `false` | the same for one container; wins over the pod's |
 //! | `hugepages.pinion.dev/prefault` | `true`, `false` | prove the granted hugepages by touching them before the container starts; default: for strict pods |
+//! | `irq.pinion.dev/quiet` | `true`, `false`, `all` | keep interrupts off exclusive CPUs, those that can be moved (the default) or every single one |
 //! | `isolation.pinion.dev/strict` | `true`, `false` | as the `pinion-strict` handler: a container starts only if every term is in force |
 //!
-//! They are read from the pod, never from the image, and a value that is neither `true`
-//! nor `false` is an error: a misspelt wish for isolation must not pass as no wish.
+//! CRI-O's annotations for high performance mean what they mean there, and are proven:
+//!
+//! | annotation | value | meaning |
+//! |---|---|---|
+//! | `cpu-load-balancing.crio.io` | `disable`, `enable` | exclusive CPUs, or not |
+//! | `cpu-quota.crio.io` | `disable`, `enable` | no CPU quota on container and pod |
+//! | `irq-load-balancing.crio.io` | `disable`, `enable` | `irq.pinion.dev/quiet` |
+//! | `cpu-c-states.crio.io` | `disable`, `enable`, `max_latency:<µs>` | the wake-up latency the CPUs may have |
+//! | `cpu-freq-governor.crio.io` | a governor | the CPUs' frequency governor |
+//! | `cpu-shared.crio.io` | `enable`, `disable` | shared CPUs beside the exclusive ones: always refused, see [`Wishes::shared`] |
+//!
+//! For one container the name is followed by `.<container>` (Pinion's) or `/<container>`
+//! (CRI-O's); that wins over the pod's, and Pinion's wins over CRI-O's. They are read from the
+//! pod, never from the image, and a value that is none of these is an error: a misspelt wish
+//! for isolation must not pass as no wish.
 
 use std::collections::HashMap;
+
+use pinion_placement::IrqQuiet;
 
 use crate::error::{Error, Result};
 
 const EXCLUSIVE: &str = "cpu.pinion.dev/exclusive";
 const PREFAULT: &str = "hugepages.pinion.dev/prefault";
+const QUIET: &str = "irq.pinion.dev/quiet";
 const STRICT: &str = "isolation.pinion.dev/strict";
 
+const LOAD_BALANCING: &str = "cpu-load-balancing.crio.io";
+const QUOTA: &str = "cpu-quota.crio.io";
+const IRQ_LOAD_BALANCING: &str = "irq-load-balancing.crio.io";
+const C_STATES: &str = "cpu-c-states.crio.io";
+const GOVERNOR: &str = "cpu-freq-governor.crio.io";
+const SHARED: &str = "cpu-shared.crio.io";
+
 /// What a pod's annotations ask for on behalf of one container. `None`: nothing said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Wishes {
     /// Exclusive CPUs.
     pub(crate) exclusive: Option<bool>,
@@ -27,29 +50,105 @@ pub(crate) struct Wishes {
     pub(crate) prefault: Option<bool>,
     /// All or nothing.
     pub(crate) strict: Option<bool>,
+    /// Interrupts kept off its exclusive CPUs.
+    pub(crate) irqs: Option<IrqQuiet>,
+    /// No CPU quota.
+    pub(crate) unthrottled: bool,
+    /// The wake-up latency limit as the kernel writes it: `n/a`, `0` or microseconds.
+    pub(crate) latency: Option<String>,
+    /// The frequency governor.
+    pub(crate) governor: Option<String>,
+    /// Shared CPUs beside the exclusive ones. One cgroup cannot be an isolated partition and
+    /// have CPUs outside it, so this is not given, and said.
+    pub(crate) shared: bool,
 }
 
 impl Wishes {
+    /// Whether anything is asked for that needs more than limits.
+    pub(crate) fn any(&self) -> bool {
+        let Self { exclusive, irqs, unthrottled, latency, governor, .. } = self;
+        let quiet = irqs.is_some_and(|irqs| irqs != IrqQuiet::Any);
+        *exclusive == Some(true) || quiet || *unthrottled || latency.is_some() || governor.is_some()
+    }
+
     /// Reads the pod's annotations for the container named `container`.
     pub(crate) fn read(annotations: &HashMap<String, String>, container: &str) -> Result<Self> {
-        let one = flag(annotations, &format!("{EXCLUSIVE}.{container}"))?;
+        let own = |key| Lookup { annotations, key, separator: '.', container };
+        let crio = |key| Lookup { annotations, key, separator: '/', container };
+        let balanced = crio(LOAD_BALANCING).one_of(&DISABLE)?;
+        let irqs_balanced = crio(IRQ_LOAD_BALANCING).one_of(&DISABLE)?;
+        let balanced_irqs = |quiet| if quiet { IrqQuiet::Steerable } else { IrqQuiet::Any };
         Ok(Self {
-            exclusive: one.or(flag(annotations, EXCLUSIVE)?),
-            prefault: flag(annotations, PREFAULT)?,
-            strict: flag(annotations, STRICT)?,
+            exclusive: own(EXCLUSIVE).one_of(&FLAG)?.or(balanced),
+            prefault: own(PREFAULT).one_of(&FLAG)?,
+            strict: own(STRICT).one_of(&FLAG)?,
+            irqs: own(QUIET).one_of(&IRQS)?.or(irqs_balanced.map(balanced_irqs)),
+            unthrottled: crio(QUOTA).one_of(&DISABLE)?.unwrap_or(false),
+            latency: latency(&crio(C_STATES))?,
+            governor: governor(&crio(GOVERNOR))?,
+            shared: crio(SHARED).one_of(&ENABLE)?.unwrap_or(false),
         })
     }
 }
 
-fn flag(annotations: &HashMap<String, String>, key: &str) -> Result<Option<bool>> {
-    match annotations.get(key).map(String::as_str) {
-        None => Ok(None),
-        Some("true") => Ok(Some(true)),
-        Some("false") => Ok(Some(false)),
-        Some(other) => {
-            Err(Error::invalid(format!("annotation {key}: {other:?} is neither true nor false")))
-        }
+const FLAG: [(&str, bool); 2] = [("true", true), ("false", false)];
+/// CRI-O reads `true` as `disable`, a leftover of the annotations' first form.
+const DISABLE: [(&str, bool); 3] = [("disable", true), ("true", true), ("enable", false)];
+const ENABLE: [(&str, bool); 2] = [("enable", true), ("disable", false)];
+const IRQS: [(&str, IrqQuiet); 3] =
+    [("true", IrqQuiet::Steerable), ("false", IrqQuiet::Any), ("all", IrqQuiet::All)];
+
+/// An annotation, the container's own before the pod's.
+struct Lookup<'a> {
+    annotations: &'a HashMap<String, String>,
+    key: &'static str,
+    separator: char,
+    container: &'a str,
+}
+
+impl Lookup<'_> {
+    /// The name it was found under, and its value.
+    fn find(&self) -> Option<(String, &str)> {
+        let own = format!("{}{}{}", self.key, self.separator, self.container);
+        let value = |key: String| Some((self.annotations.get(&key)?.as_str(), key));
+        let (value, key) = value(own).or_else(|| value(self.key.to_owned()))?;
+        Some((key, value))
     }
+
+    /// Its value among those it may have.
+    fn one_of<T: Copy>(&self, values: &[(&str, T)]) -> Result<Option<T>> {
+        let Some((key, found)) = self.find() else { return Ok(None) };
+        let known = values.iter().find(|(word, _)| *word == found);
+        let words = || values.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(", ");
+        known.map(|(_, value)| Some(*value)).ok_or_else(|| wrong(&key, found, &words()))
+    }
+}
+
+fn wrong(key: &str, found: &str, expected: &str) -> Error {
+    Error::invalid(format!("annotation {key}: {found:?} is none of {expected}"))
+}
+
+/// `disable` is written `n/a`: no idle state whose latency could be noticed.
+fn latency(annotation: &Lookup<'_>) -> Result<Option<String>> {
+    let Some((key, found)) = annotation.find() else { return Ok(None) };
+    let micros = found.strip_prefix("max_latency:").and_then(|n| n.parse::<u32>().ok());
+    match (found, micros) {
+        ("disable" | "true", _) => Ok(Some("n/a".into())),
+        ("enable", _) => Ok(Some("0".into())),
+        // For the kernel 0 is no limit at all, and who writes 0 here wants the opposite.
+        (_, Some(0)) => Ok(Some("n/a".into())),
+        (_, Some(micros)) => Ok(Some(micros.to_string())),
+        _ => Err(wrong(&key, found, "disable, enable, max_latency:<microseconds>")),
+    }
+}
+
+fn governor(annotation: &Lookup<'_>) -> Result<Option<String>> {
+    let Some((key, found)) = annotation.find() else { return Ok(None) };
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    if found.is_empty() || found.len() > 16 || !found.chars().all(plain) {
+        return Err(wrong(&key, found, "the kernel's governors, such as performance"));
+    }
+    Ok(Some(found.to_owned()))
 }
 
 #[cfg(test)]
@@ -60,24 +159,68 @@ mod tests {
         pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
     }
 
+    fn read(pairs: &[(&str, &str)]) -> Result<Wishes> {
+        Wishes::read(&map(pairs), "app")
+    }
+
     #[test]
     fn the_container_s_own_word_wins_over_the_pod_s() {
         let a = map(&[
             ("cpu.pinion.dev/exclusive", "true"),
             ("cpu.pinion.dev/exclusive.sidecar", "false"),
+            ("cpu-quota.crio.io", "disable"),
+            ("cpu-quota.crio.io/sidecar", "enable"),
         ]);
-        assert_eq!(Wishes::read(&a, "app").unwrap().exclusive, Some(true));
-        assert_eq!(Wishes::read(&a, "sidecar").unwrap().exclusive, Some(false));
+        let (app, sidecar) =
+            (Wishes::read(&a, "app").unwrap(), Wishes::read(&a, "sidecar").unwrap());
+        assert_eq!((app.exclusive, sidecar.exclusive), (Some(true), Some(false)));
+        assert_eq!((app.unthrottled, sidecar.unthrottled), (true, false));
     }
 
     #[test]
-    fn a_misspelt_value_is_an_error() {
-        let a = map(&[("isolation.pinion.dev/strict", "yes")]);
-        assert!(Wishes::read(&a, "app").unwrap_err().to_string().contains("strict"));
+    fn crio_s_words_are_understood_and_pinion_s_win() {
+        let wishes = read(&[
+            ("cpu-load-balancing.crio.io", "disable"),
+            ("irq-load-balancing.crio.io", "true"),
+            ("cpu-c-states.crio.io", "max_latency:10"),
+            ("cpu-freq-governor.crio.io", "performance"),
+            ("cpu-shared.crio.io/app", "enable"),
+        ]);
+        let wishes = wishes.unwrap();
+        assert_eq!((wishes.exclusive, wishes.irqs), (Some(true), Some(IrqQuiet::Steerable)));
+        assert_eq!(wishes.latency.as_deref(), Some("10"));
+        assert_eq!(wishes.governor.as_deref(), Some("performance"));
+        assert!(wishes.shared);
+        let both =
+            [("cpu-load-balancing.crio.io", "disable"), ("cpu.pinion.dev/exclusive", "false")];
+        assert_eq!(read(&both).unwrap().exclusive, Some(false));
+    }
+
+    #[test]
+    fn no_latency_is_not_no_limit() {
+        let latency = |value| read(&[("cpu-c-states.crio.io", value)]).unwrap().latency.unwrap();
+        assert_eq!(latency("disable"), "n/a");
+        assert_eq!(latency("max_latency:0"), "n/a");
+        assert_eq!(latency("enable"), "0");
+    }
+
+    #[test]
+    fn a_misspelt_value_is_an_error_that_names_the_annotation() {
+        for (key, value) in [
+            ("isolation.pinion.dev/strict", "yes"),
+            ("irq.pinion.dev/quiet.app", "some"),
+            ("cpu-quota.crio.io/app", "off"),
+            ("irq-load-balancing.crio.io", "housekeeping"),
+            ("cpu-c-states.crio.io", "max_latency:x"),
+            ("cpu-freq-governor.crio.io", "../x"),
+        ] {
+            let error = read(&[(key, value)]).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains(value), "{error}");
+        }
     }
 
     #[test]
     fn silence_is_no_wish() {
-        assert_eq!(Wishes::read(&HashMap::new(), "app").unwrap(), Wishes::default());
+        assert_eq!(read(&[]).unwrap(), Wishes::default());
     }
 }

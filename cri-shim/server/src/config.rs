@@ -190,11 +190,20 @@ pub struct Isolation {
     pub hugepages: HugepagePolicy,
     /// Treat a container whose CPU request is whole and matches its cpuset as exclusive.
     pub infer_exclusive: bool,
+    /// Keep interrupts off exclusive CPUs unless a pod says otherwise.
+    pub steer_interrupts: bool,
+    /// Where kubelet keeps its state: `cpu_manager_state`, `pod-resources/kubelet.sock`.
+    pub kubelet_dir: PathBuf,
 }
 
 impl Default for Isolation {
     fn default() -> Self {
-        Self { hugepages: HugepagePolicy::Enforce, infer_exclusive: true }
+        Self {
+            hugepages: HugepagePolicy::Enforce,
+            infer_exclusive: true,
+            steer_interrupts: true,
+            kubelet_dir: "/var/lib/kubelet".into(),
+        }
     }
 }
 

@@ -107,6 +107,7 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
         "containers": snapshot.containers().count(),
         "uptimeSeconds": node.began.elapsed().as_secs(),
         "findings": findings,
+        "nodeSettings": node.settings.changed(),
     })
 }
 

@@ -12,6 +12,8 @@ use crate::admission::{Admission, Admit, Settled};
 use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::contract::hugepages::Hugepages;
+use crate::contract::settings::Settings;
+use crate::contract::watch::Histories;
 use crate::error::{Context, Result};
 use crate::events::Events;
 use crate::monitor;
@@ -61,6 +63,8 @@ pub(crate) struct Node {
     pub(crate) cgroups: Cgroups,
     pub(crate) facts: HostFacts,
     pub(crate) hugepages: Hugepages,
+    pub(crate) settings: Settings,
+    pub(crate) histories: Histories,
     pub(crate) registry: Registry,
     pub(crate) events: Events,
     /// What was found wrong at the start, for `info`.
@@ -99,6 +103,8 @@ impl Node {
             cgroups: parts.cgroups,
             facts: parts.facts,
             hugepages: Hugepages::default(),
+            settings: Settings::default(),
+            histories: Histories::default(),
             registry: Registry::default(),
             events: Events::default(),
             findings: Mutex::default(),

@@ -97,7 +97,9 @@ fn finish(output: &std::process::Output, what: impl FnOnce() -> String) -> Resul
     let words = String::from_utf8_lossy(&output.stderr);
     let words = words.trim();
     let detail = if words.is_empty() { output.status.to_string() } else { words.to_string() };
-    Err(Error::internal(format!("{}: {detail}", what())))
+    // The runtime's own words for a guarantee that cannot be given.
+    let kind = if detail.contains("isolation refused: ") { Kind::Refused } else { Kind::Internal };
+    Err(Error::new(kind, format!("{}: {detail}", what())))
 }
 
 fn find(configured: &Path, name: &str, key: &str) -> Result<PathBuf> {

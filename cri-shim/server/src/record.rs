@@ -130,6 +130,11 @@ pub(crate) enum Holding {
         /// The container.
         container: String,
     },
+    /// Node-wide kernel settings on loan: interrupts kept away, governors, latency limits.
+    Settings {
+        /// The container.
+        container: String,
+    },
     /// The container as the OCI runtime knows it, with its processes and cgroup.
     RuntimeContainer {
         /// The container.

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use crate::contract::hugepages::GRANTS;
+use crate::contract::settings::{self, LEASES, SETTINGS};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ids;
 use crate::intent::{CREATE_CONTAINER, RUN_POD};
@@ -68,8 +69,18 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
         forget_container(node, orphan, Some(intent)).await;
     }
     remove_strangers(node).await;
+    settle_settings(node).await;
     collect_networks(node).await;
     Ok(())
+}
+
+/// Gives back what was lent to containers that have ended or are gone.
+async fn settle_settings(node: &Arc<Node>) {
+    let snapshot = node.registry.snapshot();
+    let live = snapshot.containers().filter(|(_, c)| c.exit.is_none()).map(|(_, c)| c.id.clone());
+    if let Err(error) = settings::settle(node, &live.collect()).await {
+        node.find(error.chain());
+    }
 }
 
 /// Gives back the network attachments of pods that are gone. Before the first request: a pod
@@ -89,12 +100,24 @@ fn read(node: &Node) -> Result<Found> {
     let containers = list(node, CONTAINERS)?;
     let grants = list(node, GRANTS)?;
     node.hugepages.restore(grants.into_iter().collect());
+    restore_settings(node)?;
     let intents = list(node, pinion_store::INTENTS)?;
     Ok(Found {
         sandboxes: sandboxes.into_iter().map(|(_, record)| record).collect(),
         containers: containers.into_iter().map(|(_, record)| record).collect(),
         intents: intents.into_iter().map(|(_, record)| record).collect(),
     })
+}
+
+/// Takes over what is lent and owed; what a reboot has reset is owed no more.
+fn restore_settings(node: &Node) -> Result<()> {
+    let leases = list(node, LEASES)?.into_iter().collect();
+    let entries = list(node, SETTINGS)?.into_iter().map(|(_, entry)| entry).collect();
+    let void = node.settings.restore(leases, entries);
+    let forget = |tx: &pinion_store::Tx| {
+        void.iter().try_for_each(|setting| tx.delete(SETTINGS, &setting.to_string()).map(drop))
+    };
+    node.store.write(forget).context(|| "forget settings of an earlier boot".to_string())
 }
 
 /// The good records of a table; the bad ones are set aside.

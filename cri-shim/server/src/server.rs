@@ -63,6 +63,8 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let result = runtime.block_on(async {
         let node = Arc::new(open(config, &paths, systemd).await?);
         recovery::run(&node).await?;
+        tokio::spawn(crate::contract::settings::watch(node.clone()));
+        tokio::spawn(crate::contract::watch::run(node.clone()));
         serve(node, began).await
     });
     // Blocking calls that still run are left to themselves; intents undo what they began.

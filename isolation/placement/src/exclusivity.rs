@@ -1,7 +1,8 @@
 //! Decides whether a container's CPUs are meant to be its own.
 //!
 //! Clients send a CPU list for shared containers too, so the list alone says nothing. An
-//! annotation decides; else whole-CPU shares equal to the size of the list mean that the CPUs
+//! annotation can decline; then counts what whoever allocated the CPUs has on record, then an
+//! annotation that asks; else whole-CPU shares equal to the size of the list mean that the CPUs
 //! were allocated one by one. If somebody else was given them as well, an ordinary container
 //! shares them, while under a strict handler exclusivity stays asked for, to be refused.
 
@@ -14,6 +15,8 @@ use crate::PartitionKind;
 pub struct ExclusivityInputs<'a> {
     /// An explicit wish: `Some(None)` is an explicit "shared".
     pub annotation: Option<Option<PartitionKind>>,
+    /// What the allocator of the CPUs has on record.
+    pub record: Option<Recorded<'a>>,
     /// Whether the container runs under the handler that refuses what cannot be guaranteed.
     pub strict: bool,
     /// The container's CPUs.
@@ -24,6 +27,26 @@ pub struct ExclusivityInputs<'a> {
     pub online: &'a CpuSet,
     /// CPU lists of every other container, by name.
     pub others: &'a [(String, CpuSet)],
+}
+
+/// An allocator's record of a container.
+#[derive(Debug, Clone, Copy)]
+pub struct Recorded<'a> {
+    /// Where the record was found.
+    pub source: Source,
+    /// The CPUs given to the container alone; empty: it runs on what is left for all.
+    pub cpus: &'a CpuSet,
+}
+
+/// Where an allocator's record was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The allocator answered.
+    Answer,
+    /// The file in which it keeps its state.
+    StateFile,
+    /// Variables that it put into the container's environment.
+    Environment,
 }
 
 /// The decision.
@@ -38,6 +61,8 @@ pub enum Exclusivity {
 /// What an exclusive decision rests on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Basis {
+    /// The allocator's record, which names exactly these CPUs.
+    Record(Source),
     /// The annotation.
     Annotation,
     /// The strict handler, and whole-CPU shares over a list of the same size.
@@ -62,6 +87,8 @@ pub enum SharedWhy {
         /// CPUs in the list.
         cpus: usize,
     },
+    /// The allocator has no CPUs of its own on record for it.
+    Record(Source),
     /// Another container has some of the CPUs.
     Overlap {
         /// The other container.
@@ -75,16 +102,22 @@ pub enum SharedWhy {
 #[must_use]
 pub fn exclusivity(inputs: &ExclusivityInputs<'_>) -> Exclusivity {
     use Exclusivity::{Exclusive, Shared};
-    match inputs.annotation {
-        Some(Some(_)) => return Exclusive(Basis::Annotation),
-        Some(None) => return Shared(SharedWhy::Annotation),
-        None => {}
+    let recorded =
+        inputs.record.filter(|record| record.cpus == inputs.cpus && !record.cpus.is_empty());
+    match (inputs.annotation, recorded) {
+        (Some(None), _) => return Shared(SharedWhy::Annotation),
+        (_, Some(record)) => return Exclusive(Basis::Record(record.source)),
+        (Some(Some(_)), None) => return Exclusive(Basis::Annotation),
+        (None, None) => {}
     }
     if inputs.cpus.is_empty() {
         return Shared(SharedWhy::NoCpus);
     }
     if inputs.online.is_subset(inputs.cpus) {
         return Shared(SharedWhy::AllCpus);
+    }
+    if let Some(record) = inputs.record.filter(|record| record.cpus.is_empty()) {
+        return Shared(SharedWhy::Record(record.source));
     }
     let cpus = inputs.cpus.len();
     if inputs.shares != 1024 * cpus as u64 {
@@ -118,6 +151,7 @@ mod tests {
             others.iter().map(|(name, cpus)| ((*name).to_owned(), cpus.parse().unwrap())).collect();
         exclusivity(&ExclusivityInputs {
             annotation,
+            record: None,
             strict,
             cpus: &cpus.parse().unwrap(),
             shares,
@@ -141,6 +175,31 @@ mod tests {
         assert_eq!(decide(None, false, "2-3", 1536, &[]), shared(shares));
         let overlap = SharedWhy::Overlap { with: "web".to_owned(), cpus: "3".parse().unwrap() };
         assert_eq!(decide(None, false, "2-3", 2048, &[("web", "3-7")]), shared(overlap));
+    }
+
+    #[test]
+    fn the_allocator_s_record_counts_before_guesses_and_a_refusal_before_it() {
+        let (own, list, none): (CpuSet, CpuSet, CpuSet) =
+            ("2-3".parse().unwrap(), "0-7".parse().unwrap(), CpuSet::new());
+        let decide = |annotation, cpus: &CpuSet| {
+            exclusivity(&ExclusivityInputs {
+                annotation,
+                record: Some(Recorded { source: Source::StateFile, cpus }),
+                strict: false,
+                cpus: &own,
+                shares: 2048,
+                online: &list,
+                others: &[],
+            })
+        };
+        let recorded = Exclusivity::Exclusive(Basis::Record(Source::StateFile));
+        assert_eq!(decide(None, &own), recorded);
+        assert_eq!(decide(Some(Some(PartitionKind::Isolated)), &own), recorded);
+        assert_eq!(decide(Some(None), &own), Exclusivity::Shared(SharedWhy::Annotation));
+        assert_eq!(decide(None, &none), Exclusivity::Shared(SharedWhy::Record(Source::StateFile)));
+        // A record of other CPUs says nothing about these.
+        let other = "4-5".parse().unwrap();
+        assert_eq!(decide(None, &other), Exclusivity::Exclusive(Basis::Inference));
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod enforce;
 mod exclusivity;
 mod facts;
 mod files;
+mod hold;
 mod host;
 mod ledger;
 mod plan;
@@ -38,10 +39,13 @@ mod step;
 #[cfg(test)]
 mod testtree;
 
-pub use audit::{Subject, audit, hugepages_held};
+pub use audit::{IrqQuiet, Subject, audit, hugepages_held};
 pub use enforce::{EnforceError, enforce};
-pub use exclusivity::{Basis, Exclusivity, ExclusivityInputs, SharedWhy, exclusivity};
+pub use exclusivity::{
+    Basis, Exclusivity, ExclusivityInputs, Recorded, SharedWhy, Source, exclusivity,
+};
 pub use facts::{Facts, FactsError, Group, Holder, PartitionState, Support};
+pub use hold::{lost, moves_hugepages, watched};
 pub use host::{Host, Kernel, TreeLock};
 pub use ledger::{Drift, Grant, HugepageDemand, Ledger, NodePool};
 pub use plan::{Plan, Target, plan, verify};

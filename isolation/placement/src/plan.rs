@@ -14,6 +14,10 @@
 //!                      partition  = isolated    │ member
 //! ```
 //!
+//! A group beside the container's whose CPU list overlaps would make the partition invalid
+//! (Linux 6.12; later kernels leave the CPUs out of that group by themselves). Its list loses
+//! them for as long as the partition lasts, unless nothing else is in it.
+//!
 //! The container's own group gets `cpuset.cpus.exclusive` too although the kernel would do
 //! without: with it, a later rewrite of `cpuset.cpus` by somebody else cannot invalidate the
 //! partition or move it to other CPUs. An invalid partition is left before it is asked for
@@ -29,7 +33,7 @@ use std::path::{Path, PathBuf};
 use pinion_topology::{CpuSet, NodeSet, PageSize};
 use serde::{Deserialize, Serialize};
 
-use crate::facts::{Facts, Group, PartitionState, Support};
+use crate::facts::{Facts, Group, Holder, PartitionState, Support};
 use crate::refusal::NO_PARTITIONS_ON_V1;
 use crate::{
     Check, Host, PartitionKind, Reason, Refusal, Request, Step, Subject, Term, TermName, UndoStep,
@@ -75,11 +79,15 @@ pub fn plan(facts: &Facts, target: &Target, request: &Request) -> Result<Plan, R
         subject: Subject::new(target, request),
         hint: hint(facts),
     };
+    // Quotas first: undo runs backwards and gives a quota back only once the partition that
+    // did without it is gone.
+    let (lifted, throttled) = if request.partition.is_some() || request.unthrottled {
+        no_throttling(facts, request.owned_levels)
+    } else {
+        (Vec::new(), Vec::new())
+    };
+    plan.steps.extend(lifted);
     if let Some(kind) = request.partition {
-        // Quotas first: undo runs backwards and gives a quota back only once the partition
-        // that did without it is gone.
-        let (steps, throttled) = no_throttling(facts, request.owned_levels);
-        plan.steps.extend(steps);
         match exclusive_cpus(facts, target, kind) {
             Ok((steps, release)) => {
                 plan.steps.extend(steps);
@@ -88,8 +96,8 @@ pub fn plan(facts: &Facts, target: &Target, request: &Request) -> Result<Plan, R
             Err(refusal) => plan.shortfalls.push(refusal),
         }
         plan.shortfalls.extend(whole_cores(facts, target));
-        plan.shortfalls.extend(throttled);
     }
+    plan.shortfalls.extend(throttled);
     plan.shortfalls.extend(hugepages(facts, target, request));
     if request.strict && !plan.shortfalls.is_empty() {
         return Err(plan.shortfalls.swap_remove(0));
@@ -156,6 +164,7 @@ fn exclusive_cpus(
             release.extend(ancestors.iter().map(shrink));
         }
     }
+    steps.extend(facts.overlapping.iter().filter_map(|beside| trim(beside, cpus)));
     steps.extend(rewrite(leaf, "cpuset.cpus", &leaf.cpus, cpus));
     if let Some(mems) = target.mems.as_ref().filter(|mems| !mems.is_empty()) {
         let rewritten = rewrite(leaf, "cpuset.mems", &leaf.mems, mems);
@@ -220,6 +229,14 @@ fn rewrite<T: ToString + PartialEq>(group: &Group, file: &str, old: &T, new: &T)
         value: value.clone(),
         undo: UndoStep::Restore { path, old: old.to_string(), new: value },
     })
+}
+
+/// Takes the CPUs out of the list of a group beside the container's. An empty list would mean
+/// all CPUs, so a group that has no others is left to the audit.
+fn trim(beside: &Holder, cpus: &CpuSet) -> Option<Step> {
+    let rest = beside.cpus.difference(cpus);
+    let group = Group { dir: beside.dir.clone(), ..Group::default() };
+    if rest.is_empty() { None } else { rewrite(&group, "cpuset.cpus", &beside.cpus, &rest) }
 }
 
 fn partition(leaf: &Group, kind: PartitionKind) -> Vec<Step> {
@@ -352,7 +369,7 @@ fn hugepages(facts: &Facts, target: &Target, request: &Request) -> Option<Refusa
 }
 
 fn hint(facts: &Facts) -> String {
-    let beside = |holder: &crate::Holder| format!("{} ({})", holder.dir.display(), holder.cpus);
+    let beside = |holder: &Holder| format!("{} ({})", holder.dir.display(), holder.cpus);
     let overlapping: Vec<String> = facts.overlapping.iter().map(beside).collect();
     if overlapping.is_empty() {
         return String::new();

@@ -20,6 +20,8 @@ pub enum TermName {
     Hugepages,
     /// Interrupts stay away from the CPUs.
     IrqQuiet,
+    /// Frequency governor and wake-up latency of the CPUs are as asked.
+    Power,
     /// A kernel of its own.
     Kernel,
 }
@@ -72,6 +74,12 @@ pub enum Reason {
     PagesElsewhere,
     /// Interrupts are served on the CPUs.
     IrqsOnCpus,
+    /// Interrupts are served on the CPUs, and the kernel does not let them go elsewhere.
+    IrqsUnsteerable,
+    /// The CPUs have no frequency governor or no latency limit to set.
+    NoPowerControl,
+    /// Governor or latency limit of a CPU are not what was asked for.
+    PowerDiffers,
     /// The container runs on the host's kernel.
     SharedKernel,
     /// The kernel refused a write.

@@ -12,6 +12,7 @@ use crate::Grant;
 const PARTITION: &str = "dev.pinion.cpuset.partition";
 const PREFAULT: &str = "dev.pinion.hugepages.prefault";
 const STRICT: &str = "dev.pinion.strict";
+const UNTHROTTLED: &str = "dev.pinion.cpu.unthrottled";
 const OWNED_LEVELS: &str = "dev.pinion.cgroup.owned-levels";
 
 /// Groups above the container's own whose quota may be lifted when nothing else is said:
@@ -39,6 +40,8 @@ pub struct Request {
     pub prefault: Vec<Grant>,
     /// Refuse rather than start degraded (`dev.pinion.strict`).
     pub strict: bool,
+    /// Lift CPU quotas, which a partition implies (`dev.pinion.cpu.unthrottled`).
+    pub unthrottled: bool,
     /// How many groups above the container's belong to the same workload, so that their CPU
     /// quota may be lifted for it (`dev.pinion.cgroup.owned-levels`).
     pub owned_levels: usize,
@@ -62,6 +65,7 @@ impl Default for Request {
             partition: None,
             prefault: Vec::new(),
             strict: false,
+            unthrottled: false,
             owned_levels: DEFAULT_OWNED_LEVELS,
         }
     }
@@ -86,11 +90,10 @@ impl Request {
             request.prefault = parse_prefault(value)?;
         }
         if let Some(value) = read(STRICT) {
-            request.strict = value.parse().map_err(|_not_bool| RequestError {
-                name: STRICT,
-                value: value.to_owned(),
-                expected: "true or false",
-            })?;
+            request.strict = parse_flag(STRICT, value)?;
+        }
+        if let Some(value) = read(UNTHROTTLED) {
+            request.unthrottled = parse_flag(UNTHROTTLED, value)?;
         }
         if let Some(value) = read(OWNED_LEVELS) {
             let levels = value.parse().ok().filter(|levels| *levels <= MAX_OWNED_LEVELS);
@@ -116,11 +119,19 @@ impl Request {
             put(PREFAULT, demands.join(","));
         }
         put(STRICT, self.strict.to_string());
+        if self.unthrottled {
+            put(UNTHROTTLED, self.unthrottled.to_string());
+        }
         if self.owned_levels != DEFAULT_OWNED_LEVELS {
             put(OWNED_LEVELS, self.owned_levels.to_string());
         }
         annotations
     }
+}
+
+fn parse_flag(name: &'static str, value: &str) -> Result<bool, RequestError> {
+    let expected = "true or false";
+    value.parse().map_err(|_not_bool| RequestError { name, value: value.to_owned(), expected })
 }
 
 fn parse_prefault(value: &str) -> Result<Vec<Grant>, RequestError> {
@@ -191,11 +202,13 @@ mod tests {
             (PARTITION, "isolated"),
             (PREFAULT, "1/2MB=64, 1/1GB=2"),
             (STRICT, "true"),
+            (UNTHROTTLED, "true"),
             (OWNED_LEVELS, "0"),
         ]);
         let request = request.unwrap().unwrap();
         assert_eq!(request.partition, Some(PartitionKind::Isolated));
-        assert_eq!((request.strict, request.owned_levels), (true, 0));
+        assert_eq!((request.strict, request.unthrottled), (true, true));
+        assert_eq!(request.owned_levels, 0);
         assert_eq!(request.prefault.len(), 2);
         let second = request.prefault[1];
         assert_eq!((second.node, second.size.bytes(), second.pages), (1, 1 << 30, 2));
@@ -212,6 +225,7 @@ mod tests {
             (PREFAULT, "1/2MB=1,1/2MB=2"),
             (PREFAULT, "1/1GB=18446744073709551615"),
             (STRICT, "yes"),
+            (UNTHROTTLED, "1"),
             (OWNED_LEVELS, "-1"),
             (OWNED_LEVELS, "99"),
         ] {
@@ -227,6 +241,7 @@ mod tests {
             isolated in prop::option::of(any::<bool>()),
             pages in prop::collection::btree_map((0u32..8, 20u32..31), 1u64..1000, 0..4),
             strict in any::<bool>(),
+            unthrottled in any::<bool>(),
             owned_levels in 0usize..=8,
         ) {
             let kind = |isolated| if isolated { PartitionKind::Isolated } else { PartitionKind::Root };
@@ -239,6 +254,7 @@ mod tests {
                     })
                     .collect(),
                 strict,
+                unthrottled,
                 owned_levels,
             };
             let annotations = request.to_annotations().into_iter().collect();

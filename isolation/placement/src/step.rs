@@ -208,13 +208,7 @@ pub(crate) fn undo_locked(steps: &[UndoStep]) -> Result<(), Vec<UndoFailure>> {
 impl UndoStep {
     fn run(&self) -> io::Result<()> {
         match self {
-            Self::LeavePartition { dir } => {
-                let path = dir.join("cpuset.cpus.partition");
-                if current(&path)? == "member" {
-                    return Ok(());
-                }
-                files::write(&path, "member")
-            }
+            Self::LeavePartition { dir } => leave(dir),
             Self::ReleaseCpus { dir, cpus } => release(dir, cpus),
             Self::Restore { path, old, new } => restore(path, old, new),
             Self::RestoreQuota { path, old, new } => {
@@ -234,10 +228,39 @@ fn restore(path: &Path, old: &str, new: &str) -> io::Result<()> {
     if current(path)? == new { files::write(path, old) } else { Ok(()) }
 }
 
+/// Leaves a partition. If the CPUs are missing from a list above, Linux 6.12 lets the group
+/// leave and keeps the CPUs isolated for nobody until the next boot; so they are put back
+/// there for as long as the write takes.
+fn leave(dir: &Path) -> io::Result<()> {
+    let path = dir.join("cpuset.cpus.partition");
+    if current(&path)? == "member" {
+        return Ok(());
+    }
+    let set = |path: PathBuf| files::read_set::<Cpus>(&path).map_err(|error| error.source);
+    let cpus = set(dir.join("cpuset.cpus.exclusive.effective"))?.unwrap_or_default();
+    let mut widened = Vec::new();
+    for above in dir.ancestors().skip(1) {
+        // The root group has no such file.
+        let Some(exclusive) = set(above.join(EXCLUSIVE))? else { break };
+        if !cpus.is_subset(&exclusive) {
+            widened.push((above.join(EXCLUSIVE), exclusive));
+        }
+    }
+    for (path, exclusive) in widened.iter().rev() {
+        files::write(path, &exclusive.union(&cpus).to_string())?;
+    }
+    let left = files::write(&path, "member");
+    for (path, exclusive) in &widened {
+        files::write(path, &exclusive.to_string())?;
+    }
+    left
+}
+
+const EXCLUSIVE: &str = "cpuset.cpus.exclusive";
+
 fn release(dir: &Path, cpus: &CpuSet) -> io::Result<()> {
-    const FILE: &str = "cpuset.cpus.exclusive";
     let read = |dir: &Path| -> io::Result<CpuSet> {
-        let set = files::read_set::<Cpus>(&dir.join(FILE)).map_err(|error| error.source)?;
+        let set = files::read_set::<Cpus>(&dir.join(EXCLUSIVE)).map_err(|error| error.source)?;
         set.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
     };
     let held = read(dir)?;
@@ -249,7 +272,7 @@ fn release(dir: &Path, cpus: &CpuSet) -> io::Result<()> {
         }
     }
     let kept = held.difference(&cpus.difference(&below));
-    if kept == held { Ok(()) } else { files::write(&dir.join(FILE), &kept.to_string()) }
+    if kept == held { Ok(()) } else { files::write(&dir.join(EXCLUSIVE), &kept.to_string()) }
 }
 
 fn holds_partition(group: &Path) -> bool {
@@ -331,6 +354,21 @@ mod tests {
         let failed: Vec<UndoStep> = failures.into_iter().map(|failure| failure.step).collect();
         assert_eq!(failed, [failing, also_failing]);
         assert_eq!(tree.text("a/cpuset.cpus.partition"), "member");
+    }
+
+    #[test]
+    fn leaving_with_a_list_above_overwritten_leaves_that_as_it_is() {
+        let tree = Tree::new();
+        tree.file("k/cpuset.cpus.exclusive", "6");
+        tree.file("k/p/cpuset.cpus.exclusive", "");
+        tree.file("k/p/c/cpuset.cpus.exclusive.effective", "2-3");
+        tree.file("k/p/c/cpuset.cpus.partition", "isolated");
+        undo_locked(&[UndoStep::LeavePartition { dir: tree.path("k/p/c") }]).unwrap();
+        assert_eq!(tree.text("k/p/c/cpuset.cpus.partition"), "member");
+        assert_eq!(
+            (tree.text("k/cpuset.cpus.exclusive"), tree.text("k/p/cpuset.cpus.exclusive")),
+            ("6".into(), String::new())
+        );
     }
 
     #[test]

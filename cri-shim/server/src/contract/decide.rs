@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pinion_cri_proto::v1::{ContainerConfig, LinuxContainerResources};
+use pinion_lease::Wish;
 use pinion_placement::{
-    Exclusivity, ExclusivityInputs, HugepageDemand, PartitionKind, Request, SharedWhy, exclusivity,
+    Basis, Exclusivity, ExclusivityInputs, HugepageDemand, IrqQuiet, PartitionKind, Reason,
+    Recorded, Refusal, Request, SharedWhy, Source, TermName, exclusivity,
 };
 use pinion_topology::{CpuSet, NodeSet, PageSize, Topology};
 use serde::{Deserialize, Serialize};
 
+use super::allocator;
 use super::view::topology;
 use crate::annotations::Wishes;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::node::Node;
 use crate::record::{Phase, Sandbox};
 use crate::services::blocking;
@@ -65,6 +68,45 @@ pub(crate) struct Contract {
     /// Hugepages it may use at most.
     #[serde(default)]
     pub(crate) hugepages: Vec<HugepageDemand>,
+    /// Interrupts kept off its CPUs.
+    #[serde(default)]
+    pub(crate) irqs: IrqQuiet,
+    /// No CPU quota, exclusive or not.
+    #[serde(default)]
+    pub(crate) unthrottled: bool,
+    /// The frequency governor of its CPUs.
+    #[serde(default)]
+    pub(crate) governor: Option<String>,
+    /// The wake-up latency limit of its CPUs, as the kernel writes it.
+    #[serde(default)]
+    pub(crate) latency: Option<String>,
+}
+
+impl Contract {
+    /// The node-wide settings it needs. Only for CPUs of its own: what is set on shared ones
+    /// would be set for everybody.
+    pub(crate) fn loans(&self) -> Vec<Wish> {
+        if !self.exclusive || self.cpus.is_empty() {
+            return Vec::new();
+        }
+        let cpus = || self.cpus.clone();
+        let quiet = (self.irqs != IrqQuiet::Any).then(|| Wish::QuietCpus { cpus: cpus() });
+        let governor = self.governor.clone();
+        let governor = governor.map(|governor| Wish::Governor { cpus: cpus(), governor });
+        let limit = self.latency.clone();
+        let latency = limit.map(|limit| Wish::ResumeLatency { cpus: cpus(), limit });
+        [quiet, governor, latency].into_iter().flatten().collect()
+    }
+
+    /// What it has beyond limits, and so must be looked after.
+    pub(crate) fn promises(&self) -> bool {
+        self.exclusive
+            || self.unthrottled
+            || self.irqs != IrqQuiet::Any
+            || self.governor.is_some()
+            || self.latency.is_some()
+            || !self.hugepages.is_empty()
+    }
 }
 
 /// A contract on its way into the runtime.
@@ -110,15 +152,18 @@ pub(crate) async fn decide(
     let nothing_asked = resources.cpuset_cpus.is_empty()
         && resources.cpuset_mems.is_empty()
         && resources.hugepage_limits.iter().all(|l| l.limit == 0);
-    if nothing_asked && !strict && wishes.exclusive != Some(true) {
+    if nothing_asked && !strict && !wishes.any() {
         return Ok(Decision::default());
     }
     let topology = blocking(topology).await?;
     let others = others(node, id);
+    let record = allocator::record(&node.config.isolation, sandbox, config).await;
     let asked = Asked {
         wishes,
+        record: record.as_ref(),
         strict,
         infer: node.config.isolation.infer_exclusive,
+        steer: node.config.isolation.steer_interrupts,
         resources: &resources,
         others: &others,
     };
@@ -138,8 +183,10 @@ fn others(node: &Node, id: &str) -> Vec<(String, CpuSet)> {
 /// A request and what it is judged by.
 struct Asked<'a> {
     wishes: Wishes,
+    record: Option<&'a (Source, CpuSet)>,
     strict: bool,
     infer: bool,
+    steer: bool,
     resources: &'a LinuxContainerResources,
     others: &'a [(String, CpuSet)],
 }
@@ -151,7 +198,7 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
     let mems: NodeSet = parse("cpuset_mems", &resources.cpuset_mems)?;
     let verdict = exclusive(asked, &cpus, topology);
     let (exclusive, ground) = match verdict {
-        Exclusivity::Exclusive(basis) => (true, format!("{basis:?}").to_lowercase()),
+        Exclusivity::Exclusive(basis) => (true, basis_words(basis).to_owned()),
         Exclusivity::Shared(why) => (false, shared_words(&why)),
     };
     let hugepages = demands(resources, &mems)?;
@@ -162,13 +209,25 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
         cpus: cpus.clone(),
         mems,
         hugepages: hugepages.clone(),
+        irqs: asked.wishes.irqs.unwrap_or(if exclusive && asked.steer {
+            IrqQuiet::Steerable
+        } else {
+            IrqQuiet::Any
+        }),
+        unthrottled: asked.wishes.unthrottled,
+        governor: asked.wishes.governor.clone(),
+        latency: asked.wishes.latency.clone(),
     };
+    if asked.strict {
+        of_shared_cpus(&contract, asked.wishes.shared)?;
+    }
     let request = Request {
         partition: exclusive.then_some(PartitionKind::Isolated),
         strict: asked.strict,
+        unthrottled: asked.wishes.unthrottled,
         ..Request::default()
     };
-    let asks = exclusive || asked.strict || !hugepages.is_empty();
+    let asks = exclusive || asked.strict || asked.wishes.unthrottled || !hugepages.is_empty();
     Ok(Decision {
         contract,
         prefault: asked.wishes.prefault.unwrap_or(asked.strict),
@@ -179,6 +238,31 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
     })
 }
 
+/// Refuses what can be given on exclusive CPUs only.
+fn of_shared_cpus(contract: &Contract, beside: bool) -> Result<()> {
+    let refuse = |term, detail| {
+        let refusal = Refusal { term, reason: Reason::CpusShared, detail };
+        Err(Error::from_foreign(Kind::Refused, refusal))
+    };
+    if beside {
+        let detail = "cpu-shared.crio.io asks for shared CPUs beside the exclusive ones, and no \
+                      group can be an isolated partition and have CPUs outside it; put what needs \
+                      shared CPUs into a container of its own";
+        return refuse(TermName::ExclusiveCpus, detail.to_owned());
+    }
+    if contract.exclusive {
+        return Ok(());
+    }
+    let why = format!("the CPUs are shared: {}", contract.ground);
+    if contract.irqs != IrqQuiet::Any {
+        return refuse(TermName::IrqQuiet, why);
+    }
+    if contract.governor.is_some() || contract.latency.is_some() {
+        return refuse(TermName::Power, why);
+    }
+    Ok(())
+}
+
 fn exclusive(asked: &Asked<'_>, cpus: &CpuSet, topology: &Topology) -> Exclusivity {
     let annotation = asked.wishes.exclusive.map(|wish| wish.then_some(PartitionKind::Isolated));
     // Without inference a container is shared unless someone said otherwise.
@@ -186,12 +270,37 @@ fn exclusive(asked: &Asked<'_>, cpus: &CpuSet, topology: &Topology) -> Exclusivi
         if asked.infer { u64::try_from(asked.resources.cpu_shares).unwrap_or(0) } else { 0 };
     exclusivity(&ExclusivityInputs {
         annotation,
+        record: asked.record.map(|(source, cpus)| Recorded { source: *source, cpus }),
         strict: asked.strict,
         cpus,
         shares,
         online: &topology.online,
         others: asked.others,
     })
+}
+
+/// A contract under changed limits. What is exclusive stays so: with new CPUs, not with none.
+pub(crate) fn resized(old: &Contract, wanted: &LinuxContainerResources) -> Result<Contract> {
+    let cpus: CpuSet = parse("cpuset_cpus", &wanted.cpuset_cpus)?;
+    let mems: NodeSet = parse("cpuset_mems", &wanted.cpuset_mems)?;
+    let mut new = Contract { cpus, mems, ..old.clone() };
+    for demand in &mut new.hugepages {
+        if demand.nodes.is_some() && !new.mems.is_empty() {
+            demand.nodes = Some(new.mems.clone());
+        }
+    }
+    Ok(new)
+}
+
+fn basis_words(basis: Basis) -> &'static str {
+    match basis {
+        Basis::Record(Source::Answer) => "kubelet's PodResources API",
+        Basis::Record(Source::StateFile) => "kubelet's cpu_manager_state",
+        Basis::Record(Source::Environment) => "DRA_CPUSET_* in the environment",
+        Basis::Annotation => "annotation",
+        Basis::Strict => "strict handler and whole CPU shares",
+        Basis::Inference => "whole CPU shares of an own CPU list",
+    }
 }
 
 fn shared_words(why: &SharedWhy) -> String {
@@ -202,6 +311,7 @@ fn shared_words(why: &SharedWhy) -> String {
         SharedWhy::Shares { shares, cpus } => {
             format!("{shares} CPU shares are not {cpus} whole CPUs")
         }
+        SharedWhy::Record(_) => "kubelet's CPU manager gave it no CPUs of its own".into(),
         SharedWhy::Overlap { with, cpus } => format!("{with} has CPUs {cpus} too"),
     }
 }

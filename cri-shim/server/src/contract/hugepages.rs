@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use pinion_placement::{Grant, Ledger, NodePool, hugepages_held};
+use pinion_placement::{Grant, HugepageDemand, Ledger, NodePool, hugepages_held};
 use pinion_store::{Table, Tx};
 use pinion_topology::{PageSize, Topology};
 
-use super::Decision;
 use super::view::topology;
+use super::{Contract, Decision};
 use crate::config::HugepagePolicy;
 use crate::error::{Error, Kind, Result};
 use crate::node::Node;
@@ -118,6 +118,43 @@ pub(crate) async fn reserve<T: Send + 'static>(
             Err(error)
         }
     }
+}
+
+/// Moves a container's grants to the nodes its memory is to come from. Returns what it had,
+/// for [`put_back`] if the move does not come about.
+pub(crate) async fn regrant(
+    node: &std::sync::Arc<Node>,
+    container: &str,
+    contract: &Contract,
+) -> Result<Vec<Grant>> {
+    let before = node.hugepages.of(container);
+    let stays = |grant: &Grant| contract.mems.is_empty() || contract.mems.contains(grant.node);
+    if before.iter().all(stays) {
+        return Ok(before);
+    }
+    let demands = contract.hugepages.iter().cloned();
+    let bound = demands.map(|d| HugepageDemand { nodes: Some(contract.mems.clone()), ..d });
+    let mut decision = Decision::default();
+    decision.demands.extend(bound);
+    let (asker, id) = (node.clone(), container.to_owned());
+    let granted =
+        crate::services::blocking(move || asker.hugepages.ask(&asker, &id, &decision)).await?;
+    store(node, container, granted).await?;
+    Ok(before)
+}
+
+/// Takes over grants as they were.
+pub(crate) async fn put_back(node: &Node, container: &str, grants: Vec<Grant>) -> Result<()> {
+    if node.hugepages.of(container) == grants {
+        return Ok(());
+    }
+    node.hugepages.lock().insert(container.to_owned(), grants.clone());
+    store(node, container, grants).await
+}
+
+async fn store(node: &Node, container: &str, grants: Vec<Grant>) -> Result<()> {
+    let key = container.to_owned();
+    node.write(move |tx| tx.put(GRANTS, &key, &grants)).await
 }
 
 /// Gives a container's pages back.

@@ -8,14 +8,20 @@
 //!                              audit before the start (strict), and whenever asked: receipt
 //! ```
 //!
+//! Afterwards [`watch`] keeps exclusive CPUs exclusive, and [`settings`] keeps the node's
+//! settings as they were lent.
+//!
 //! The decision is pure ([`decide::decide`]); the runtime enforces it; the receipt is read
 //! from the kernel alone.
 
+mod allocator;
 mod decide;
 pub(crate) mod hugepages;
+pub(crate) mod settings;
 mod view;
+pub(crate) mod watch;
 
-pub(crate) use decide::{Contract, Decision, Handler, PLAIN, STRICT, decide};
+pub(crate) use decide::{Contract, Decision, Handler, PLAIN, STRICT, decide, resized};
 pub(crate) use view::{
     check_before_start, check_update, owners, receipt, report_after_start, topology,
 };

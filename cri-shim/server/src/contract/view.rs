@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use pinion_cri_proto::admin::{HugepageGrant, Owner};
 use pinion_cri_proto::v1::LinuxContainerResources;
-use pinion_placement::{Host, PartitionKind, Receipt, Request, Subject, Target, Verdict, audit};
+use pinion_placement::{
+    Host, PartitionKind, Receipt, Request, Subject, Target, TermName, Verdict, audit,
+};
 use pinion_topology::{CpuSet, Topology};
 
 use crate::error::{Context, Error, Kind, Result};
@@ -26,7 +28,7 @@ pub(super) fn host() -> Result<Host> {
 }
 
 /// The container as the audit knows it.
-fn subject(node: &Node, container: &Container) -> Result<Subject> {
+pub(super) fn subject(node: &Node, container: &Container) -> Result<Subject> {
     let contract = &container.contract;
     let paths = node.cgroups.container_paths(&container.cgroups_path, &container.id)?;
     let root = node.cgroups.hierarchies().v2_root().unwrap_or(Path::new("/"));
@@ -42,14 +44,34 @@ fn subject(node: &Node, container: &Container) -> Result<Subject> {
         partition: contract.exclusive.then_some(PartitionKind::Isolated),
         prefault: node.hugepages.of(&container.id),
         strict: contract.strict,
+        unthrottled: contract.unthrottled,
         ..Request::default()
     };
-    Ok(Subject { pid: info::pid(node, container), ..Subject::new(&target, &request) })
+    Ok(Subject {
+        pid: info::pid(node, container),
+        irqs: contract.irqs,
+        unsteerable: node.settings.unsteerable(),
+        governor: contract.governor.clone(),
+        latency: contract.latency.clone(),
+        ..Subject::new(&target, &request)
+    })
 }
 
 /// Audits a container. Blocks.
 fn look(node: &Node, container: &Container) -> Result<Receipt> {
-    Ok(audit(&host()?, &subject(node, container)?))
+    let mut receipt = audit(&host()?, &subject(node, container)?);
+    let exclusive = receipt.terms.iter_mut().find(|term| term.name == TermName::ExclusiveCpus);
+    if let Some(term) = exclusive {
+        let mut note = |key: &str, value| drop(term.evidence.insert(key.to_owned(), value));
+        if !container.contract.ground.is_empty() {
+            note("basis", container.contract.ground.clone());
+        }
+        if let Some(history) = node.histories.of(&container.id) {
+            let (lost, repaired, last) = (history.lost, history.repaired, history.last);
+            note("lost", format!("{lost} times, repaired {repaired} times; last: {last}"));
+        }
+    }
+    Ok(receipt)
 }
 
 /// The isolation receipt of a container as JSON; none once it has exited.
@@ -83,8 +105,7 @@ pub(crate) async fn check_before_start(node: &Arc<Node>, container: &Container) 
 /// it did not get.
 pub(crate) fn report_after_start(node: &Arc<Node>, container: &Container) {
     let contract = &container.contract;
-    let promised = contract.exclusive || !contract.hugepages.is_empty();
-    if contract.strict || !promised {
+    if contract.strict || !contract.promises() {
         return;
     }
     let (node, container) = (node.clone(), container.clone());

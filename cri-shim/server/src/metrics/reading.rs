@@ -5,6 +5,7 @@ use pinion_cri_proto::v1::LinuxContainerResources;
 use rustix::fs::statvfs;
 
 use super::process::Processes;
+use crate::contract::watch::History;
 use crate::ids;
 use crate::node::Node;
 use crate::record::Container;
@@ -18,6 +19,8 @@ pub(super) struct Reading {
     pub(super) processes: Processes,
     pub(super) disk: pinion_image::Usage,
     pub(super) filesystem: Filesystem,
+    /// What became of exclusive CPUs, if they were promised.
+    pub(super) isolation: Option<History>,
     /// Limits as asked for.
     pub(super) asked: LinuxContainerResources,
     /// Seconds since the epoch.
@@ -46,12 +49,14 @@ impl Reading {
             inodes: fs.f_files,
             inodes_free: fs.f_ffree,
         });
+        let exclusive = container.contract.exclusive;
         Self {
             stats: cgroup.as_ref().and_then(|c| c.stats().ok()).unwrap_or_default(),
             oom_kills: cgroup.as_ref().and_then(|c| c.oom_kill_count().ok()).unwrap_or(0),
             processes: Processes::read(&pids),
             disk: stats::disk(node, &container.id),
             filesystem: filesystem.unwrap_or_default(),
+            isolation: exclusive.then(|| node.histories.of(&container.id).unwrap_or_default()),
             asked: container.resources.0.clone(),
             started: seconds(container.started_at),
             now: seconds(ids::now()),
@@ -62,7 +67,7 @@ impl Reading {
     #[cfg(test)]
     pub(super) fn example() -> Self {
         use pinion_cgroup::stats::{BlkioEntry, Hugetlb, Pressure};
-        let mut reading = Self::default();
+        let mut reading = Self { isolation: Some(History::default()), ..Self::default() };
         reading.stats.hugetlb.insert("2MB".into(), Hugetlb::default());
         let entry = BlkioEntry { major: 8, op: "Read".into(), ..Default::default() };
         let write = BlkioEntry { op: "Write".into(), ..entry.clone() };

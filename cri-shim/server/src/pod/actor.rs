@@ -14,6 +14,7 @@ use super::operations::{self, Done, Held};
 use super::reconnect::{self, Reconnected};
 use super::schedule::{Schedule, Scope};
 use crate::admission::{Admission, Admit};
+use crate::contract::settings;
 use crate::error::{Error, Kind, Result};
 use crate::monitor::{Client, Notice};
 use crate::node::Node;
@@ -140,6 +141,7 @@ impl Actor {
             Command::Start { container, .. }
             | Command::Remove { container, .. }
             | Command::Update { container, .. }
+            | Command::Heal { container, .. }
             | Command::ReopenLog { container, .. } => Scope::Container(container.clone()),
             Command::Stop { container, .. } => Scope::Stop(container.clone()),
             Command::UpdatePod { .. } | Command::StopPod { .. } | Command::RemovePod { .. } => {
@@ -223,6 +225,10 @@ impl Actor {
                 let member = self.member(&container);
                 Box::pin(operations::update(context, container, member, resources, reply))
             }
+            Command::Heal { container, reply } => {
+                let member = self.member(&container);
+                Box::pin(operations::heal(context, member, reply))
+            }
             Command::UpdatePod { overhead, resources, reply } => {
                 Box::pin(async { Done::PodUpdated { overhead, resources, reply } })
             }
@@ -288,6 +294,10 @@ impl Actor {
         };
         if let Err(error) = self.change(id, end).await {
             tracing::error!(container = id, error = %error.chain(), "exit not stored");
+        }
+        // Now and not at the removal: nobody may come for a container that ended by itself.
+        if let Err(error) = settings::release(&self.node, id).await {
+            tracing::error!(container = id, error = %error.chain(), "node settings not given back");
         }
         self.announce(id, ContainerEventType::ContainerStoppedEvent);
     }

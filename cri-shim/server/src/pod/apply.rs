@@ -101,6 +101,7 @@ impl Actor {
         if let Some(member) = self.containers.remove(id) {
             self.names.release(&name(&member.record.config), id);
             self.node.samples.forget(id);
+            self.node.histories.forget(id);
             self.publish();
             self.announce_record(&member.record, ContainerEventType::ContainerDeletedEvent);
         }

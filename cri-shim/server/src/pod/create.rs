@@ -82,6 +82,9 @@ async fn plan(
     if !decision.demands.is_empty() {
         holdings.push(Holding::Hugepages { container: container.clone() });
     }
+    if !decision.contract.loans().is_empty() {
+        holdings.push(Holding::Settings { container: container.clone() });
+    }
     holdings.push(Holding::Rootfs { container: container.clone() });
     holdings.push(Holding::RuntimeContainer { container: container.clone() });
     let resources = config.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
@@ -203,6 +206,7 @@ async fn steps(context: &Context, planned: &Container, decision: &Decision) -> R
     let directory = node.paths.pod(&context.sandbox.id).container(&created.id);
     let directory = directory.path().to_string_lossy().into_owned();
     let paths = node.cgroups.container_paths(&created.cgroups_path, &created.id)?;
+    contract::settings::lease(node, &created.id, created.contract.loans()).await?;
     let text =
         |path: Option<&PathBuf>| path.map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
     let v2 = node.cgroups.is_v2();

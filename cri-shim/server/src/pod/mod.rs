@@ -84,6 +84,13 @@ pub(crate) enum Command {
         /// When they are in force.
         reply: Reply<()>,
     },
+    /// Ask again for exclusive CPUs that were lost.
+    Heal {
+        /// Whose.
+        container: String,
+        /// When it was tried.
+        reply: Reply<()>,
+    },
     /// Remember the pod's own limits; the client has set them already.
     UpdatePod {
         /// What the pod costs besides its containers.

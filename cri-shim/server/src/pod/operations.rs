@@ -252,11 +252,31 @@ pub(crate) async fn update(
         }
         let wanted = resources::merge(&record.resources, &change);
         contract::check_update(&context.node, &record, &wanted)?;
-        context.node.programs.update(&id, &resources::to_oci(&change)?).await?;
+        let moved = contract::resized(&record.contract, &wanted)?;
+        let grants = contract::hugepages::regrant(&context.node, &id, &moved).await?;
+        let updated = context.node.programs.update(&id, &resources::to_oci(&change)?).await;
+        if let Err(error) = updated {
+            contract::hugepages::put_back(&context.node, &id, grants).await?;
+            return Err(error);
+        }
+        contract::settings::lease(&context.node, &id, moved.loans()).await?;
         Ok(Box::new(wanted))
     };
     let result = work.await;
     Done::Updated { id, result, reply }
+}
+
+/// Asks again for exclusive CPUs that were lost; see [`contract::watch`].
+pub(crate) async fn heal(context: Context, member: Result<Held>, reply: Reply<()>) -> Done {
+    let work = async {
+        let record = member?.record;
+        if record.exit.is_some() {
+            return Ok(());
+        }
+        contract::watch::heal(&context.node, &record).await
+    };
+    let result = work.await;
+    Done::Answered { result, reply }
 }
 
 pub(crate) async fn reopen_log(context: Context, member: Result<Held>, reply: Reply<()>) -> Done {

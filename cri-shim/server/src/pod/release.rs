@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::contract::hugepages;
+use crate::contract::{hugepages, settings};
 use crate::error::{Context, Error, Kind, Result};
 use crate::monitor::{self, Client};
 use crate::node::Node;
@@ -42,6 +42,7 @@ impl Holding {
             | Self::Network
             | Self::Monitor
             | Self::Hugepages { .. }
+            | Self::Settings { .. }
             | Self::RuntimeContainer { .. } => false,
         }
     }
@@ -113,6 +114,7 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
             .await
         }
         Holding::Hugepages { container } => hugepages::release(node, container).await,
+        Holding::Settings { container } => settings::release(node, container).await,
         Holding::RuntimeContainer { container } => delete(release, container).await,
     }
 }

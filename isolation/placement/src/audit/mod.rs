@@ -7,6 +7,7 @@ mod cpus;
 mod hugepages;
 mod irq;
 mod memory;
+mod power;
 mod quota;
 mod schedstat;
 mod tasks;
@@ -21,6 +22,19 @@ pub use hugepages::held as hugepages_held;
 
 use crate::{Grant, Host, PartitionKind, Reason, Receipt, Request, Target, Term, TermName};
 
+/// Which interrupts are to stay off a container's CPUs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IrqQuiet {
+    /// None in particular.
+    #[default]
+    Any,
+    /// Every one that the kernel lets go elsewhere; the rest is listed.
+    Steerable,
+    /// Every single one.
+    All,
+}
+
 /// A container and what it was promised.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subject {
@@ -34,12 +48,25 @@ pub struct Subject {
     pub mems: Option<NodeSet>,
     /// The kind of partition its CPUs are to be.
     pub partition: Option<PartitionKind>,
+    /// Whether CPU quotas were to be lifted, as a partition implies.
+    #[serde(default)]
+    pub unthrottled: bool,
     /// Its hugetlb limits in bytes.
     pub hugepage_limits: BTreeMap<PageSize, u64>,
     /// The huge pages granted to it.
     pub grants: Vec<Grant>,
-    /// Whether interrupts were to be kept off its CPUs.
-    pub irq_quiet: bool,
+    /// Which interrupts were to be kept off its CPUs.
+    #[serde(default)]
+    pub irqs: IrqQuiet,
+    /// Interrupts that the kernel refused to move, with its words.
+    #[serde(default)]
+    pub unsteerable: BTreeMap<u32, String>,
+    /// The frequency governor its CPUs were to have.
+    #[serde(default)]
+    pub governor: Option<String>,
+    /// The wake-up latency limit its CPUs were to have, as the kernel writes it.
+    #[serde(default)]
+    pub latency: Option<String>,
     /// Whether anything missing is a violation.
     pub strict: bool,
     /// A process of it, for the residency of its memory.
@@ -56,16 +83,20 @@ impl Subject {
             cpus: target.cpus.clone().filter(|cpus| !cpus.is_empty()),
             mems: target.mems.clone().filter(|mems| !mems.is_empty()),
             partition: request.partition,
+            unthrottled: request.unthrottled,
             hugepage_limits: target.hugepages.clone(),
             grants: request.prefault.clone(),
-            irq_quiet: false,
+            irqs: IrqQuiet::Any,
+            unsteerable: BTreeMap::new(),
+            governor: None,
+            latency: None,
             strict: request.strict,
             pid: None,
         }
     }
 
     /// Its cgroup v2 directory, absolute, if the cpuset controller is on v2.
-    fn v2(&self, host: &Host) -> Option<PathBuf> {
+    pub(crate) fn v2(&self, host: &Host) -> Option<PathBuf> {
         let cgroup = self.cgroup.as_ref()?;
         Some(host.v2_with_cpuset()?.join(cgroup.strip_prefix("/").unwrap_or(cgroup)))
     }
@@ -82,6 +113,7 @@ pub fn audit(host: &Host, subject: &Subject) -> Receipt {
             memory::locality(host, subject, &topology),
             hugepages::term(host, subject, &topology),
             irq::quiet(host, subject),
+            power::power(host, subject),
             kernel(host),
         ],
         Err(error) => unreadable(subject, &error.to_string()),

@@ -7,7 +7,8 @@ use crate::plan::is_quota;
 use crate::{Host, Reason, Term, TermName, files};
 
 pub(super) fn no_throttling(host: &Host, subject: &Subject) -> Term {
-    let asked = subject.partition.map(|_| "no CPU quota that could throttle".to_owned());
+    let wanted = subject.partition.is_some() || subject.unthrottled;
+    let asked = wanted.then(|| "no CPU quota that could throttle".to_owned());
     let mut term = Term::new(TermName::NoThrottling, asked);
     let v1 = subject.v1.get("cpu").cloned().zip(host.v1.get("cpu").cloned());
     let v2 = || subject.v2(host).zip(host.v2.clone());

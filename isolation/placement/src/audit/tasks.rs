@@ -78,6 +78,14 @@ pub(super) fn foreign(proc: &Path, own: &Own, cpus: &CpuSet) -> Foreign {
     foreign
 }
 
+/// The first process of this name.
+pub(super) fn named(proc: &Path, name: &str) -> Option<u32> {
+    let is = |dir: &std::path::PathBuf| {
+        files::read(&dir.join("comm")).ok().flatten().is_some_and(|comm| comm == name)
+    };
+    numbered(proc).into_iter().find(is)?.file_name()?.to_str()?.parse().ok()
+}
+
 fn numbered(dir: &Path) -> Vec<std::path::PathBuf> {
     let is_number = |entry: &fs::DirEntry| {
         let name = entry.file_name();

@@ -28,6 +28,7 @@ const ON_V2: &[Test] = tests![
     partitions::rewrites_of_the_cpu_list_by_others_do_not_end_exclusivity,
     partitions::growing_and_moving_keep_the_neighbour_and_trim_the_ancestors,
     partitions::an_ancestor_overwritten_by_somebody_is_noticed_and_healed,
+    partitions::an_emptied_ancestor_does_not_keep_cpus_isolated_for_nobody,
     partitions::a_sibling_that_takes_the_cpus_is_noticed_named_and_healed,
     partitions::half_a_core_is_refused_until_its_sibling_is_offline,
     partitions::quotas_are_lifted_and_come_back,

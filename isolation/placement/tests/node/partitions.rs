@@ -155,6 +155,20 @@ pub(crate) fn an_ancestor_overwritten_by_somebody_is_noticed_and_healed() {
     placed.undo();
 }
 
+pub(crate) fn an_emptied_ancestor_does_not_keep_cpus_isolated_for_nobody() {
+    let tree = Tree::new(&["pod1/c1"]);
+    let before = tree.snapshot();
+    let placed = place(&tree.target("pod1/c1", "2-3", "0"), &isolated(true)).unwrap();
+    for group in ["pod1", ""] {
+        tree.write(group, "cpuset.cpus.exclusive", "");
+        // The kernel says that all is well, and it is, until the partition is left.
+        assert_eq!(tree.read("pod1/c1", "cpuset.cpus.partition"), "isolated");
+    }
+    placed.undo();
+    assert_eq!(tree.snapshot(), before);
+    place(&tree.target("pod1/c1", "2-3", "0"), &isolated(true)).unwrap().undo();
+}
+
 pub(crate) fn a_sibling_that_takes_the_cpus_is_noticed_named_and_healed() {
     let tree = Tree::new(&["pod1/c1", "pod1/c2"]);
     let (target, request) = (tree.target("pod1/c1", "2-3", "0"), isolated(true));
@@ -169,9 +183,18 @@ pub(crate) fn a_sibling_that_takes_the_cpus_is_noticed_named_and_healed() {
         let (verdict, code, reason) = lost(&subject);
         assert_eq!((verdict, code), (Verdict::Violated, Reason::PartitionInvalid));
         assert!(reason.contains("declares the partition invalid"), "{reason}");
-        let refusal = place(&target, &request).err().unwrap();
-        assert_eq!(refusal.reason, Reason::PartitionInvalid);
-        assert!(refusal.detail.contains(&format!("pod1/c2 ({overlap})")), "{refusal}");
+        if overlap == "0-7" {
+            // It has other CPUs, so it can do without these.
+            let healed = place(&target, &request).unwrap();
+            assert_eq!(healed.receipt.verdict, Verdict::Aligned);
+            assert_eq!(tree.read("pod1/c2", "cpuset.cpus"), "0-1,4-7");
+            healed.undo();
+            assert_eq!(tree.read("pod1/c2", "cpuset.cpus"), "0-7");
+        } else {
+            let refusal = place(&target, &request).err().unwrap();
+            assert_eq!(refusal.reason, Reason::PartitionInvalid);
+            assert!(refusal.detail.contains(&format!("pod1/c2 ({overlap})")), "{refusal}");
+        }
         assert_eq!(tree.root("cpuset.cpus.isolated"), "", "no CPU stays isolated for nobody");
         tree.write("pod1/c2", "cpuset.cpus", "");
         place(&target, &request).unwrap();

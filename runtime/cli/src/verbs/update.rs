@@ -4,7 +4,6 @@ use std::io::Read;
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
-use pinion_cgroup::Cgroup;
 use pinion_container::Error as ContainerError;
 use pinion_container::state::StateDir;
 use pinion_container::status::Status;
@@ -26,9 +25,7 @@ pub(crate) fn run(context: &Context, args: &Update) -> Result<i32, Error> {
     if directory.status(&record) == Status::Stopped {
         return Err(ContainerError::NotRunning.into());
     }
-    let paths = record.cgroup.clone().ok_or(ContainerError::NotRunning)?;
-    Cgroup::open(paths).update(&resources)?;
-    pinion_container::isolation::renew(&resources, &mut record, &directory)?;
+    pinion_container::isolation::update(&resources, &mut record, &directory)?;
     Ok(0)
 }
 
