@@ -269,6 +269,19 @@ impl Cri {
         Ok(id)
     }
 
+    /// Changes a container's limits, as an in-place resize does.
+    pub(crate) fn update(&self, id: &str, resources: v1::LinuxContainerResources) -> Result<()> {
+        let mut client = self.runtime();
+        let request = v1::UpdateContainerResourcesRequest {
+            container_id: id.into(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        let what = format!("UpdateContainerResources {}", short(id));
+        self.call(&what, client.update_container_resources(request))?;
+        Ok(())
+    }
+
     /// Runs a command in a container.
     pub(crate) fn exec(&self, id: &str, command: &[&str]) -> Result<Executed> {
         let mut client = self.runtime();

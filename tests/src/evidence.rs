@@ -73,6 +73,45 @@ fn domains_in(schedstat: &str) -> BTreeMap<u32, usize> {
     domains
 }
 
+/// The numbers of all interrupts.
+pub(crate) fn interrupts() -> Vec<u32> {
+    let listing = fs::read_dir("/proc/irq").into_iter().flatten().flatten();
+    let mut irqs: Vec<u32> =
+        listing.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    irqs.sort_unstable();
+    irqs
+}
+
+/// How often each device interrupt has occurred on the CPUs, by its number.
+pub(crate) fn interrupt_counts(cpus: &CpuSet) -> Result<BTreeMap<u32, u64>> {
+    Ok(counts_in(&line(Path::new("/proc/interrupts"))?, cpus))
+}
+
+fn counts_in(table: &str, cpus: &CpuSet) -> BTreeMap<u32, u64> {
+    let mut rows = table.lines();
+    let heads = rows.next().unwrap_or_default().split_whitespace();
+    let columns: Vec<u32> =
+        heads.filter_map(|word| word.strip_prefix("CPU")?.parse().ok()).collect();
+    let count = |row: &str| -> Option<(u32, u64)> {
+        let (irq, rest) = row.split_once(':')?;
+        let counts = columns.iter().zip(rest.split_whitespace());
+        let own = counts.filter(|(cpu, _)| cpus.contains(**cpu));
+        Some((irq.trim().parse().ok()?, own.filter_map(|(_, n)| n.parse::<u64>().ok()).sum()))
+    };
+    rows.filter_map(count).collect()
+}
+
+/// Nanoseconds in which tasks ran on each of the CPUs (`/proc/schedstat`, seventh number).
+pub(crate) fn cpu_times(cpus: &CpuSet) -> Result<BTreeMap<u32, u64>> {
+    let text = line(Path::new("/proc/schedstat"))?;
+    let time = |row: &str| -> Option<(u32, u64)> {
+        let mut words = row.split_whitespace();
+        let cpu = words.next()?.strip_prefix("cpu")?.parse().ok()?;
+        Some((cpu, words.nth(6)?.parse().ok()?))
+    };
+    Ok(text.lines().filter_map(time).filter(|(cpu, _)| cpus.contains(*cpu)).collect())
+}
+
 /// A list from a process's status, such as `Cpus_allowed_list`.
 pub(crate) fn status_list(pid: u32, key: &str) -> Result<String> {
     let status = line(Path::new(&format!("/proc/{pid}/status")))?;
@@ -118,6 +157,14 @@ mod tests {
         let text =
             "version 17\ncpu0 0 0\ndomain0 MC 3 0\ndomain1 NUMA f\ncpu1 0 0\ncpu2 1\ndomain0 MC";
         assert_eq!(domains_in(text), BTreeMap::from([(0, 2), (1, 0), (2, 1)]));
+    }
+
+    #[test]
+    fn interrupts_are_counted_on_the_cpus_asked_for() {
+        let table =
+            "      CPU0 CPU4 CPU5\n 1: 5 6 7 IO-APIC i8042\nLOC: 9 9 9 Local\n24: 1 0 2 PCI-MSI x";
+        let counts = counts_in(table, &"4-5".parse().unwrap());
+        assert_eq!(counts, BTreeMap::from([(1, 13), (24, 2)]));
     }
 
     #[test]

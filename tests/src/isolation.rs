@@ -8,6 +8,11 @@
 //! | a neighbour that takes pages first | its pages come from the pinned one's node |
 //! | a restart of the server | grants are forgotten |
 
+mod healing;
+mod refusals;
+mod settings;
+mod undisturbed;
+
 use std::fs;
 use std::time::Duration;
 
@@ -29,7 +34,7 @@ const CLEANUP: Duration = Duration::from_secs(20);
 
 type Case = (&'static str, fn(&mut Site) -> Result<()>);
 
-const CASES: [Case; 7] = [
+const CASES: &[Case] = &[
     ("a strict container has its CPUs, memory and hugepages, by the kernel's word", aligned),
     ("the second claimant of a node's hugepages is refused at create", second_claimant),
     ("a neighbour that maps first cannot make the pinned container SIGBUS", early_neighbour),
@@ -37,10 +42,21 @@ const CASES: [Case; 7] = [
     ("exclusive CPUs that another container owns are refused", taken_cpus),
     ("a strict container with half a core is refused", half_core),
     ("grants and partitions survive the death of the server", survives_restart),
+    ("interrupts leave exclusive CPUs, new ones too, and come back", settings::interrupts),
+    ("settings of a container that ends by itself are given back", settings::ends_by_itself),
+    ("a wake-up latency limit holds while the container does", settings::latency),
+    ("the server's death at any moment leaves no setting behind", settings::killed_on_the_way),
+    ("a rewritten ancestor does not end exclusivity", healing::ancestor),
+    ("a neighbour that takes the CPUs does not end exclusivity", healing::neighbour),
+    ("a resize from two CPUs to four has four, all exclusive", healing::grows),
+    ("a move to other CPUs and memory arrives whole", healing::moves),
+    ("a resize that cannot be leaves the old state and an error", healing::cannot),
+    ("each guarantee broken on purpose is refused by its name", refusals::all),
+    ("no task of others runs on exclusive CPUs while pods come and go", undisturbed::churn),
 ];
 
-/// Runs every case on a machine that can give all of it; elsewhere that is an error.
-pub(crate) fn run(assets: &Assets) -> Result<()> {
+/// Runs every case, or those whose name contains `only`, on a machine that can give all of it; elsewhere that is an error.
+pub(crate) fn run(assets: &Assets, only: Option<&str>) -> Result<()> {
     let topology = evidence::topology()?;
     ensure(topology.nodes.len() > 1, || "not possible here: one NUMA node only".into())?;
     let mut site = Site::open(assets, Kind::Piniond)?;
@@ -50,7 +66,10 @@ pub(crate) fn run(assets: &Assets) -> Result<()> {
     }
     let before = Snapshot::take();
     let mut failed = 0;
-    for (name, case) in CASES {
+    let chosen: Vec<&Case> =
+        CASES.iter().filter(|(name, _)| only.is_none_or(|only| name.contains(only))).collect();
+    ensure(!chosen.is_empty(), || format!("no case is called like {only:?}"))?;
+    for (name, case) in &chosen {
         let outcome = case(&mut site).and_then(|()| clean(&site, &before));
         match outcome {
             Ok(()) => println!("ok      {name}"),
@@ -62,7 +81,7 @@ pub(crate) fn run(assets: &Assets) -> Result<()> {
             }
         }
     }
-    println!("{} passed, {failed} failed", CASES.len() - failed);
+    println!("{} passed, {failed} failed", chosen.len() - failed);
     ensure(failed == 0, || format!("{failed} isolation cases failed"))
 }
 

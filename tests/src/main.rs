@@ -62,7 +62,10 @@ enum Verb {
         server: server::Kind,
     },
     /// The isolation contract against this machine's kernel; wants the virtual node.
-    Isolation,
+    Isolation {
+        /// Only cases whose name contains this.
+        only: Option<String>,
+    },
     /// A pod with CPUs and hugepages of its own, and one that is refused.
     Demo { place: Place },
     /// The suites meant for the inside of the virtual node.
@@ -167,7 +170,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Badinput { place: Place::Node, server } => {
             return in_node(&assets, &["badinput", "host", "--server", server.name()]);
         }
-        Verb::Isolation => isolation::run(&assets)?,
+        Verb::Isolation { only } => isolation::run(&assets, only.as_deref())?,
         Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
         Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
         Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
