@@ -55,12 +55,18 @@ pub(crate) fn directories(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut pending = vec![dir.to_owned()];
     while let Some(dir) = pending.pop() {
-        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-        let mut children: Vec<PathBuf> = entries.filter(is_dir).map(|entry| entry.path()).collect();
-        children.sort();
+        let children = children(&dir);
         found.extend(children.iter().cloned());
         pending.extend(children);
     }
     found
+}
+
+/// Directories directly in `dir`, sorted.
+pub(crate) fn children(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    let mut children: Vec<PathBuf> = entries.filter(is_dir).map(|entry| entry.path()).collect();
+    children.sort();
+    children
 }

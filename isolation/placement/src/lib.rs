@@ -35,6 +35,7 @@ mod prefault;
 mod receipt;
 mod refusal;
 mod request;
+mod room;
 mod step;
 #[cfg(test)]
 mod testtree;

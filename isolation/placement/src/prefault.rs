@@ -1,15 +1,19 @@
 //! The hugepage proof: touch every granted page from inside the container's groups.
 //!
 //! The pages are released again when the proof ends; from then on the hugetlb limits of the
-//! other containers and the ledger keep them for this one.
+//! other containers and the ledger keep them for this one. Pages that the container already
+//! has in use need no proof, and its limits would leave no room for one.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use pinion_sys::mempolicy::{Demand, Proof, ProveError, Step, prove};
-use pinion_topology::Topology;
+use pinion_topology::{PageSize, Topology};
 
+use crate::audit::{held_of, reserved};
+use crate::room::left_by_predecessors;
 use crate::{Grant, Host, Reason, Refusal, Target, TermName, files};
 
 /// Clearing memory runs at some GiB per second; the rest is for slow machines.
@@ -17,8 +21,9 @@ const BASE: Duration = Duration::from_secs(10);
 const PER_GIB: Duration = Duration::from_secs(4);
 
 /// Proves the grants, all held at once, from inside the container's groups. Returns a line
-/// of evidence per grant.
+/// of evidence per grant that has pages left to prove.
 pub fn prefault(host: &Host, target: &Target, grants: &[Grant]) -> Result<Vec<String>, Refusal> {
+    let grants = unproven(host, target, grants);
     if grants.is_empty() {
         return Ok(Vec::new());
     }
@@ -31,8 +36,45 @@ pub fn prefault(host: &Host, target: &Target, grants: &[Grant]) -> Result<Vec<St
     let deadline = BASE + PER_GIB * u32::try_from(gib).unwrap_or(u32::MAX >> 8);
     let (paths, entrances) = entrances(host, target)?;
     let proofs = prove(&entrances, &demands, deadline)
-        .map_err(|error| refusal(host, target, grants, &paths, &error))?;
+        .map_err(|error| refusal(host, target, &grants, &paths, &error))?;
     grants.iter().zip(proofs).map(|(grant, proof)| judge(grant, &proof)).collect()
+}
+
+/// What of the grants the container neither holds, nor has mapped, nor was left by a
+/// predecessor in a file that both share.
+fn unproven(host: &Host, target: &Target, grants: &[Grant]) -> Vec<Grant> {
+    let v1 = || Some((host.v1.get("hugetlb")?.clone(), target.v1.get("hugetlb")?.clone()));
+    let v2 = || {
+        let (root, cgroup) = (host.v2.clone()?, target.cgroup.as_ref()?);
+        let group = root.join(cgroup.strip_prefix("/").unwrap_or(cgroup));
+        Some((root, group))
+    };
+    let Some((root, group)) = v1().or_else(v2) else { return grants.to_vec() };
+    let held: BTreeMap<PageSize, BTreeMap<u32, u64>> =
+        grants.iter().map(|grant| (grant.size, held_of(&group, grant.size))).collect();
+    let on_node = |grant: &Grant| held[&grant.size].get(&grant.node).copied().unwrap_or(0);
+    let mut left: Vec<Grant> = grants
+        .iter()
+        .map(|grant| Grant { pages: grant.pages.saturating_sub(on_node(grant)), ..*grant })
+        .collect();
+    for (&size, held) in &held {
+        // of these it is not known on which node they will lie, or do
+        let mapped = reserved(&group, size).saturating_sub(held.values().sum());
+        take(&mut left, size, mapped);
+        let wanted = left.iter().filter(|grant| grant.size == size).map(|grant| grant.pages).sum();
+        take(&mut left, size, left_by_predecessors(&root, &group, size, wanted));
+    }
+    left.retain(|grant| grant.pages > 0);
+    left
+}
+
+/// Takes pages of one size off the grants.
+fn take(grants: &mut [Grant], size: PageSize, mut pages: u64) {
+    for grant in grants.iter_mut().filter(|grant| grant.size == size) {
+        let taken = grant.pages.min(pages);
+        grant.pages -= taken;
+        pages -= taken;
+    }
 }
 
 fn judge(grant: &Grant, proof: &Proof) -> Result<String, Refusal> {
@@ -193,5 +235,22 @@ mod tests {
         let refusal = prefault(&host, &target, &[grant]).unwrap_err();
         assert_eq!(refusal.reason, Reason::ProofFailed);
         assert!(refusal.detail.contains("/nowhere/tasks"), "{}", refusal.detail);
+    }
+
+    #[test]
+    fn pages_in_use_and_pages_mapped_are_not_asked_for_again() {
+        let tree = crate::testtree::Tree::with_machine();
+        let size: PageSize = "2MB".parse().unwrap();
+        tree.file("cgroup/c/hugetlb.2MB.numa_stat", "total=33554432 N0=0 N1=33554432");
+        tree.file("cgroup/c/hugetlb.2MB.rsvd.current", "50331648");
+        let target = Target { cgroup: Some("c".into()), ..Target::default() };
+        let host = tree.host("6.12");
+        let grant = |node, pages| Grant { node, size, pages };
+        // 16 pages in use on node 1, 8 more mapped anywhere
+        let left = unproven(&host, &target, &[grant(1, 32), grant(0, 4)]);
+        assert_eq!(left, [grant(1, 8), grant(0, 4)]);
+        assert!(unproven(&host, &target, &[grant(1, 16)]).is_empty());
+        let fresh = Target { cgroup: Some("new".into()), ..target };
+        assert_eq!(unproven(&host, &fresh, &[grant(1, 32)]), [grant(1, 32)]);
     }
 }

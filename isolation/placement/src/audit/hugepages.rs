@@ -12,18 +12,26 @@ use crate::{Host, Reason, Term, TermName, files};
 /// the controller or the file (Linux 5.16) is missing. `group` is the group's directory.
 #[must_use]
 pub fn held(group: &Path, topology: &Topology) -> BTreeMap<(u32, PageSize), u64> {
-    let mut held = BTreeMap::new();
-    for pool in &topology.hugepages {
-        let size = pool.size;
-        let path = group.join(format!("hugetlb.{size}.numa_stat"));
-        let text = files::read(&path).ok().flatten().unwrap_or_default();
-        for (node, bytes) in by_node(&text) {
-            if bytes > 0 {
-                held.insert((node, size), size.pages_in(bytes));
-            }
-        }
-    }
-    held
+    let sizes = topology.hugepages.iter().map(|pool| pool.size);
+    sizes
+        .flat_map(|size| held_of(group, size).into_iter().map(move |(n, p)| ((n, size), p)))
+        .collect()
+}
+
+/// The same for pages of one size, by node.
+pub(crate) fn held_of(group: &Path, size: PageSize) -> BTreeMap<u32, u64> {
+    let path = group.join(format!("hugetlb.{size}.numa_stat"));
+    let text = files::read(&path).ok().flatten().unwrap_or_default();
+    let used = by_node(&text).filter(|(_, bytes)| *bytes > 0);
+    used.map(|(node, bytes)| (node, size.pages_in(bytes))).collect()
+}
+
+/// Pages of one size that a group has mapped, touched or not, wherever they will lie.
+pub(crate) fn reserved(group: &Path, size: PageSize) -> u64 {
+    let names = ["rsvd.current", "rsvd.usage_in_bytes"]; // v2, v1
+    let read = |name| files::read(&group.join(format!("hugetlb.{size}.{name}"))).ok().flatten();
+    let text = names.into_iter().find_map(read).unwrap_or_default();
+    size.pages_in(text.parse().unwrap_or(0))
 }
 
 /// `total=6291456 N0=6291456 N1=0`; v1 adds a second, hierarchical line.

@@ -19,6 +19,7 @@ use pinion_topology::{CpuSet, NodeSet, PageSize, Topology};
 use serde::{Deserialize, Serialize};
 
 pub use hugepages::held as hugepages_held;
+pub(crate) use hugepages::{held_of, reserved};
 
 use crate::{Grant, Host, PartitionKind, Reason, Receipt, Request, Target, Term, TermName};
 

@@ -121,6 +121,25 @@ pub(crate) fn granted_pages_are_proven_on_their_node_and_released() {
     placed.undo();
 }
 
+/// Limits are enforced again whenever they change, while the container has its pages: what
+/// it holds is not asked for a second time.
+pub(crate) fn pages_in_use_are_not_proven_again() {
+    let tree = Tree::new(&["pod1/c1"]);
+    let mount = Hugetlbfs::new("pinion-test-again", c"pagesize=2M");
+    tree.write("pod1/c1", "cpuset.mems", "1");
+    for file in ["max", "rsvd.max"] {
+        tree.write("pod1/c1", &format!("hugetlb.2MB.{file}"), &(32 * MIB2).to_string());
+    }
+    let target = tree.target("pod1/c1", "4-5", "1");
+    let request = proving(vec![pages(1, "2MB", 32)], true);
+    place(&target, &request).unwrap();
+    let mut holder = Holder::new(&tree, "pod1/c1", &mount, 24);
+    let placed = place(&target, &request).unwrap();
+    let term = placed.receipt.term(TermName::Hugepages).unwrap();
+    assert_eq!(term.evidence["proof"], "8 pages of 2MB for node 1: N1=8");
+    assert!(holder.alive());
+}
+
 /// Both mappings would succeed, and the second container would die at its first touch.
 pub(crate) fn the_second_claimant_of_a_node_is_refused_and_the_first_unharmed() {
     let tree = Tree::new(&["pod1/c1", "pod2/c1"]);

@@ -36,6 +36,7 @@ const ON_V2: &[Test] = tests![
     partitions::a_container_below_the_root_gets_a_local_partition,
     partitions::a_root_partition_keeps_its_scheduling_domain,
     hugepages::granted_pages_are_proven_on_their_node_and_released,
+    hugepages::pages_in_use_are_not_proven_again,
     hugepages::the_second_claimant_of_a_node_is_refused_and_the_first_unharmed,
     hugepages::limits_that_would_kill_the_container_fail_the_proof,
     hugepages::reservations_of_neighbours_are_seen_although_pages_look_free,
@@ -78,6 +79,8 @@ fn main() -> ExitCode {
         println!("test {name} ... {}", if outcome.is_ok() { "ok" } else { "FAILED" });
         failed += u32::from(outcome.is_err());
     }
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
     println!("{run} tests on Linux {}, {failed} failed", host.kernel.release);
+    println!("test result: {verdict}. {} passed; {failed} failed", run - failed);
     if failed == 0 && run > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
