@@ -43,7 +43,7 @@ pub(crate) fn spawn(node: Arc<Node>, seed: Seed) {
         names.restore(name(&container.config), container.config.0.clone(), &container.id);
     }
     let containers = seed.containers.into_iter().map(|c| (c.id.clone(), Member::new(c))).collect();
-    let actor = Actor {
+    let mut actor = Actor {
         node,
         sandbox: seed.sandbox,
         containers,
@@ -58,6 +58,8 @@ pub(crate) fn spawn(node: Arc<Node>, seed: Seed) {
         removed: false,
     };
     actor.publish();
+    let ended: Vec<String> = actor.containers.keys().cloned().collect();
+    ended.into_iter().for_each(|id| actor.settle(id));
     tokio::spawn(actor.run(commands, seed.notices.1));
 }
 
@@ -78,6 +80,7 @@ impl Member {
 #[derive(Debug)]
 enum Work {
     Create { id: String, config: Box<v1::ContainerConfig>, completion: Completion<String> },
+    Settle { id: String },
     Command(Command),
 }
 
@@ -172,7 +175,7 @@ impl Actor {
         let (completion, mine) = ticket();
         match self.names.admit(name.clone(), (*config).clone(), &id, mine.clone()) {
             Admit::Start => {
-                let scope = Scope::Container(id.clone());
+                let scope = Scope::Create(id.clone());
                 self.schedule.push(scope, Work::Create { id, config, completion });
                 Ok(mine)
             }
@@ -204,6 +207,10 @@ impl Actor {
         let command = match work {
             Work::Create { id, config, completion } => {
                 return Box::pin(operations::create(context, id, config, completion));
+            }
+            Work::Settle { id } => {
+                let member = self.member(&id);
+                return Box::pin(operations::settle(context, id, member));
             }
             Work::Command(command) => command,
         };
@@ -299,7 +306,18 @@ impl Actor {
         if let Err(error) = settings::release(&self.node, id).await {
             tracing::error!(container = id, error = %error.chain(), "node settings not given back");
         }
+        self.settle(id.to_string());
         self.announce(id, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// Has a container that has ended give back what only a living one needs: its CPUs and
+    /// hugepages may be promised to its successor long before it is removed.
+    pub(super) fn settle(&mut self, id: String) {
+        let costs =
+            |c: &Container| c.exit.is_some() && c.holdings.iter().any(|h| !h.outlives_stop());
+        if self.containers.get(&id).is_some_and(|m| costs(&m.record)) {
+            self.schedule.push(Scope::Settle(id.clone()), Work::Settle { id });
+        }
     }
 
     pub(super) async fn reconnected(&mut self, reconnected: Reconnected) {

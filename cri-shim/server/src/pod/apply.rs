@@ -45,6 +45,17 @@ impl Actor {
                 linux.resources = resources.map(|r| *r).or(linux.resources.take());
                 answer(reply, self.commit_sandbox().await);
             }
+            Done::Settled { id, left, result } => {
+                let settled = self.released(&id, left, false).await;
+                if let Err(error) = result.and(settled) {
+                    let error = error.chain();
+                    tracing::error!(
+                        container = id,
+                        error,
+                        "not all given back, its removal tries again"
+                    );
+                }
+            }
             Done::Removed { id, left, result, reply } => {
                 let settled = self.released(&id, left, true).await;
                 answer(reply, result.and(settled));
@@ -73,6 +84,7 @@ impl Actor {
                 self.containers.insert(id.to_string(), Member::new(*record));
                 self.publish();
                 self.announce(id, ContainerEventType::ContainerCreatedEvent);
+                self.settle(id.to_string());
                 Ok(id.to_string())
             }
             Err(failed) => {

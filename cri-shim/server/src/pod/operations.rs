@@ -102,6 +102,12 @@ pub(crate) enum Done {
         resources: Option<Box<v1::LinuxContainerResources>>,
         reply: Reply<()>,
     },
+    Settled {
+        id: String,
+        /// What it still holds.
+        left: Vec<Holding>,
+        result: Result<()>,
+    },
     Removed {
         id: String,
         /// What could not be given back.
@@ -221,6 +227,14 @@ pub(crate) async fn remove(
         Err(error) => return Done::Answered { result: Err(error), reply },
     };
     Done::Removed { id, left, result, reply }
+}
+
+/// Gives back what an ended container holds for nothing; its files stay until it is removed.
+pub(crate) async fn settle(context: Context, id: String, member: Result<Held>) -> Done {
+    let Ok(held) = member else { return Done::Nothing };
+    let which: fn(&Holding) -> bool = |holding| !holding.outlives_stop();
+    let (left, result) = release::all(&context.release(), held.record.holdings, which).await;
+    Done::Settled { id, left, result }
 }
 
 /// Kills a container if it runs, then gives back what `which` names of its holdings.

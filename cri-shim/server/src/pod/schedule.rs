@@ -3,6 +3,7 @@
 //! | command | runs beside |
 //! |---|---|
 //! | work on a container (create, start, update, remove …) | anything on other containers |
+//! | giving back what an ended container held | the same; a creation begun later waits for it, since it may want the same CPUs or hugepages |
 //! | stop of a container | also other stops of the same container, and its removal, but not before work begun earlier on it is done |
 //! | work on the pod (stop, remove) | stops only: a stop in its grace period must not hold up the pod's end |
 //!
@@ -14,8 +15,12 @@ use std::collections::{HashSet, VecDeque};
 /// What a command touches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Scope {
+    /// Makes one container.
+    Create(String),
     /// Changes one container.
     Container(String),
+    /// Gives back what a container that has ended held.
+    Settle(String),
     /// Signals one container and waits.
     Stop(String),
     /// Changes the pod as a whole.
@@ -26,13 +31,16 @@ pub(crate) enum Scope {
 #[derive(Debug)]
 pub(crate) struct Schedule<C> {
     working: HashSet<String>,
+    /// Those of `working` that give back.
+    settling: HashSet<String>,
     pod: bool,
     waiting: VecDeque<(Scope, C)>,
 }
 
 impl<C> Default for Schedule<C> {
     fn default() -> Self {
-        Self { working: HashSet::new(), pod: false, waiting: VecDeque::new() }
+        let (working, settling) = (HashSet::new(), HashSet::new());
+        Self { working, settling, pod: false, waiting: VecDeque::new() }
     }
 }
 
@@ -47,8 +55,12 @@ impl<C> Schedule<C> {
         let index = (0..self.waiting.len()).find(|&i| self.may_begin(i))?;
         let (scope, command) = self.waiting.remove(index)?;
         match &scope {
-            Scope::Container(id) => {
+            Scope::Create(id) | Scope::Container(id) => {
                 self.working.insert(id.clone());
+            }
+            Scope::Settle(id) => {
+                self.working.insert(id.clone());
+                self.settling.insert(id.clone());
             }
             Scope::Stop(_) => {}
             Scope::Pod => self.pod = true,
@@ -59,8 +71,9 @@ impl<C> Schedule<C> {
     /// Gives a scope back.
     pub(crate) fn done(&mut self, scope: &Scope) {
         match scope {
-            Scope::Container(id) => {
+            Scope::Create(id) | Scope::Container(id) | Scope::Settle(id) => {
                 self.working.remove(id);
+                self.settling.remove(id);
             }
             Scope::Stop(_) => {}
             Scope::Pod => self.pod = false,
@@ -74,9 +87,18 @@ impl<C> Schedule<C> {
         }
         match &self.waiting[index].0 {
             Scope::Pod => self.working.is_empty() && earlier().all(|s| matches!(s, Scope::Stop(_))),
-            Scope::Container(id) | Scope::Stop(id) => {
-                let same = |s: &Scope| matches!(s, Scope::Container(other) if other == id);
-                !self.working.contains(id) && !earlier().any(same)
+            scope @ (Scope::Create(id)
+            | Scope::Container(id)
+            | Scope::Settle(id)
+            | Scope::Stop(id)) => {
+                let making = matches!(scope, Scope::Create(_));
+                let before = |s: &Scope| match s {
+                    Scope::Create(other) | Scope::Container(other) => other == id,
+                    Scope::Settle(other) => making || other == id,
+                    Scope::Stop(_) | Scope::Pod => false,
+                };
+                let settled = !making || self.settling.is_empty();
+                settled && !self.working.contains(id) && !earlier().any(before)
             }
         }
     }
@@ -118,6 +140,22 @@ mod tests {
     }
 
     #[test]
+    fn a_creation_waits_until_what_ended_before_it_has_given_back() {
+        let mut s = Schedule::default();
+        let (settle, create) = (Scope::Settle("old".into()), Scope::Create("new".into()));
+        s.push(settle.clone(), 1);
+        s.push(create.clone(), 2);
+        s.push(work("other"), 3);
+        assert_eq!(s.next().unwrap().1, 1);
+        assert_eq!(s.next().unwrap().1, 3);
+        assert!(s.next().is_none());
+        s.done(&settle);
+        assert_eq!(s.next().unwrap().1, 2);
+        s.push(settle, 4);
+        assert_eq!(s.next().unwrap().1, 4, "and holds up nothing that came later");
+    }
+
+    #[test]
     fn a_stop_waits_for_the_start_before_it() {
         let mut s = Schedule::default();
         s.push(work("a"), 1);
@@ -147,8 +185,19 @@ mod tests {
         prop_oneof![
             3 => (0..3u8).prop_map(|n| work(&n.to_string())),
             2 => (0..3u8).prop_map(|n| stop(&n.to_string())),
+            1 => (0..3u8).prop_map(|n| Scope::Settle(n.to_string())),
+            1 => (0..3u8).prop_map(|n| Scope::Create(n.to_string())),
             1 => Just(Scope::Pod),
         ]
+    }
+
+    fn container(scope: &Scope) -> Option<&str> {
+        match scope {
+            Scope::Create(id) | Scope::Container(id) | Scope::Settle(id) | Scope::Stop(id) => {
+                Some(id)
+            }
+            Scope::Pod => None,
+        }
     }
 
     proptest! {
@@ -170,9 +219,10 @@ mod tests {
                 while let Some((scope, n)) = s.next() {
                     for (other, _) in &running {
                         let clash = match (&scope, other) {
-                            (Scope::Container(a), Scope::Container(b)) => a == b,
-                            (Scope::Pod, o) | (o, Scope::Pod) => !matches!(o, Scope::Stop(_)),
-                            _ => false,
+                            (Scope::Stop(_), _) | (_, Scope::Stop(_)) => false,
+                            (Scope::Pod, _) | (_, Scope::Pod) => true,
+                            (Scope::Create(_), Scope::Settle(_)) => true,
+                            (a, b) => container(a) == container(b),
                         };
                         prop_assert!(!clash, "{:?} beside {:?}", scope, other);
                     }
