@@ -63,6 +63,10 @@ unit: setup-test build ## unit and integration tests of every crate
 critest: setup-test build ## critest against piniond on this machine
 	$(HARNESS) critest host
 
+.PHONY: kubelet
+kubelet: setup-test build ## kubelet itself against piniond, in the virtual node
+	$(HARNESS) kubelet
+
 .PHONY: test-node
 test-node: setup-test build ## everything that runs in the virtual node
 	$(HARNESS) node suite

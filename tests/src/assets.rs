@@ -37,6 +37,7 @@ pub(crate) const SYSTEM: Spec<'static> = Spec {
         "runc",
         "containerd",
         "strace",
+        "systemd",
     ],
     backports: false,
     closure: true,

@@ -16,11 +16,25 @@ pub(crate) fn topology() -> Result<Topology> {
     Topology::read().map_err(|error| Error::check(format!("read the topology: {error}")))
 }
 
+/// The 2 MiB pages of a NUMA node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Pool {
+    /// All of them.
+    pub(crate) total: u64,
+    /// Those nobody has touched.
+    pub(crate) free: u64,
+}
+
+/// The pool of a NUMA node.
+pub(crate) fn hugepages(node: u32) -> Result<Pool> {
+    let dir = format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB");
+    let read = |file: &str| number(&Path::new(&dir).join(file));
+    Ok(Pool { total: read("nr_hugepages")?, free: read("free_hugepages")? })
+}
+
 /// Free 2 MiB pages of a NUMA node.
 pub(crate) fn free_hugepages(node: u32) -> Result<u64> {
-    let path =
-        format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/free_hugepages");
-    number(Path::new(&path))
+    hugepages(node).map(|pool| pool.free)
 }
 
 /// A file with one number in it.

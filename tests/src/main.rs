@@ -7,6 +7,7 @@ mod bench;
 mod cache;
 mod command;
 mod crash;
+mod crates;
 mod cri;
 mod critest;
 mod debian;
@@ -15,6 +16,7 @@ mod error;
 mod evidence;
 mod image;
 mod isolation;
+mod kubelet;
 mod leaks;
 mod network;
 mod node;
@@ -66,6 +68,10 @@ enum Verb {
         /// Only cases whose name contains this.
         only: Option<String>,
     },
+    /// The crates' own tests, in the virtual node.
+    Crates,
+    /// A real kubelet, standalone, drives the server; in the virtual node only.
+    Kubelet,
     /// A pod with CPUs and hugepages of its own, and one that is refused.
     Demo { place: Place },
     /// The suites meant for the inside of the virtual node.
@@ -126,6 +132,12 @@ struct NodeRun {
     /// Install critest and crictl too.
     #[arg(long)]
     clients: bool,
+    /// Install kubelet too; building it takes minutes.
+    #[arg(long)]
+    kubelet: bool,
+    /// Boot with systemd as PID 1.
+    #[arg(long)]
+    systemd: bool,
     /// Install this program too, in /usr/local/bin.
     #[arg(long)]
     program: Vec<PathBuf>,
@@ -171,6 +183,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
             return in_node(&assets, &["badinput", "host", "--server", server.name()]);
         }
         Verb::Isolation { only } => isolation::run(&assets, only.as_deref())?,
+        Verb::Crates if assets.in_node() => crates::run()?,
+        Verb::Crates => return in_node(&assets, &["crates"]),
+        Verb::Kubelet if assets.in_node() => kubelet::run(&assets)?,
+        Verb::Kubelet => return in_node(&assets, &["kubelet"]),
         Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
         Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
         Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
@@ -203,10 +219,13 @@ fn restart_budget(assets: &Assets) -> Duration {
 
 /// Runs the harness with these arguments in a fresh node.
 fn in_node(assets: &Assets, arguments: &[&str]) -> Result<ExitCode> {
+    let has = |word: &str| arguments.contains(&word);
     let words = ["pinion-tests"].iter().chain(arguments).map(|word| (*word).to_owned());
     let job = node::Job {
         command: words.collect(),
-        clients: arguments.contains(&"suite"),
+        clients: has("suite"),
+        kubelet: has("suite") || has("kubelet"),
+        tests: if has("suite") || has("crates") { crates::build()? } else { Vec::new() },
         deadline: Duration::from_secs(2 * 3600),
         ..node::Job::default()
     };
@@ -224,7 +243,10 @@ impl NodeRun {
             bin_dir: self.bin_dir,
             share: self.share,
             clients: self.clients,
+            kubelet: self.kubelet,
             programs: self.program,
+            tests: Vec::new(),
+            systemd: self.systemd,
             memory: self.memory,
             kernel_args: self.kernel_arg,
             deadline: Duration::from_secs(self.deadline),

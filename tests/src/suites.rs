@@ -11,8 +11,10 @@ use crate::error::{During, Result, ensure};
 type Suite = (&'static str, &'static [&'static str]);
 
 /// What runs inside the virtual node.
-const IN_NODE: [Suite; 4] = [
+const IN_NODE: [Suite; 6] = [
     ("isolation", &["isolation"]),
+    ("kubelet", &["kubelet"]),
+    ("the crates' own tests", &["crates"]),
     ("crash", &["crash", "host"]),
     ("bad input", &["badinput", "host"]),
     ("critest, conformance", &["critest", "host", "--focus", "Conformance"]),

@@ -184,7 +184,7 @@ async fn a_crash_in_the_middle_of_anything_leaves_nothing() {
 #[tokio::test]
 async fn a_second_server_does_not_start_on_the_same_directory() {
     let server = Server::start().await;
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_piniond"))
+    let output = std::process::Command::new(support::piniond())
         .arg("--config")
         .arg(server.path("config.toml"))
         .output()

@@ -42,6 +42,8 @@ pub(crate) struct Parts {
     pub(crate) initramfs: PathBuf,
     /// The system disk.
     pub(crate) disk: PathBuf,
+    /// A static busybox.
+    pub(crate) busybox: PathBuf,
 }
 
 impl Parts {
@@ -53,8 +55,13 @@ impl Parts {
         let busybox = archive.tree(&STATIC_BUSYBOX)?.find("bin/busybox")?;
         let kernel_tree = kernel_tree(cache, &archive)?;
         let kernel = Kernel::find(&kernel_tree)?;
-        let scripts =
-            [include_str!("../../node/initramfs-init"), include_str!("../../node/node-init")];
+        let scripts = [
+            include_str!("../../node/initramfs-init"),
+            include_str!("../../node/node-init"),
+            include_str!("../../node/node-run"),
+            include_str!("../../node/node.target"),
+            include_str!("../../node/node.service"),
+        ];
         let key = format!(
             "{REVISION} {} {:?} {}",
             kernel.release,
@@ -81,6 +88,7 @@ impl Parts {
             kernel: dir.join("vmlinux"),
             initramfs: dir.join("initramfs"),
             disk: dir.join("system.ext4"),
+            busybox,
         })
     }
 }

@@ -6,10 +6,11 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use super::Job;
 use super::kernel::Kernel;
+use super::{Job, Parts};
 use crate::assets::{self, Assets};
 use crate::command;
+use crate::crates;
 use crate::debian::Tree;
 use crate::error::{During, Error, Result};
 use crate::tools;
@@ -50,6 +51,7 @@ pub(crate) fn stage_system(system: &Tree, kernel: &Kernel, dir: &Path) -> Result
         "mnt/share",
         "mnt/huge",
         "etc/cni/net.d",
+        "etc/systemd/system",
         "usr/local",
         "var/lib",
         "var/log",
@@ -67,6 +69,10 @@ pub(crate) fn stage_system(system: &Tree, kernel: &Kernel, dir: &Path) -> Result
     link("/usr/lib/cni", &dir.join("opt/cni/bin"))?;
     for (path, text, mode) in [
         ("sbin/node-init", include_str!("../../node/node-init"), 0o755),
+        ("sbin/node-run", include_str!("../../node/node-run"), 0o755),
+        ("etc/systemd/system/node.target", include_str!("../../node/node.target"), 0o644),
+        ("etc/systemd/system/node.service", include_str!("../../node/node.service"), 0o644),
+        ("etc/machine-id", "", 0o644),
         ("etc/passwd", PASSWD, 0o644),
         ("etc/group", GROUP, 0o644),
         ("etc/hostname", "node\n", 0o644),
@@ -81,7 +87,7 @@ pub(crate) fn stage_system(system: &Tree, kernel: &Kernel, dir: &Path) -> Result
 }
 
 /// The payload disk of one run: /usr/local, with the command as a script.
-pub(crate) fn payload(assets: &Assets, job: &Job) -> Result<tempfile::TempPath> {
+pub(crate) fn payload(assets: &Assets, parts: &Parts, job: &Job) -> Result<tempfile::TempPath> {
     let staging = tempfile::tempdir().during(|| "make a staging directory".into())?;
     let bin = staging.path().join("bin");
     make_dir(&bin)?;
@@ -97,9 +103,17 @@ pub(crate) fn payload(assets: &Assets, job: &Job) -> Result<tempfile::TempPath> 
         let name = program.file_name().ok_or_else(|| Error::check("a program has no name"))?;
         install(program, &bin.join(name))?;
     }
-    if job.clients {
-        for tool in [&tools::CRITEST, &tools::CRICTL] {
-            install(&assets.tool(tool)?, &bin.join(tool.name))?;
+    let clients: &[tools::Tool] = if job.clients { &[tools::CRITEST, tools::CRICTL] } else { &[] };
+    for tool in clients.iter().chain(job.kubelet.then_some(&tools::KUBELET)) {
+        install(&assets.tool(tool)?, &bin.join(tool.name))?;
+    }
+    if !job.tests.is_empty() {
+        let place = |path: &str| staging.path().join(path.trim_start_matches("/usr/local/"));
+        let dir = place(crates::NODE_DIR);
+        make_dir(&dir)?;
+        install(&parts.busybox, &place(crates::NODE_BUSYBOX))?;
+        for (name, program) in &job.tests {
+            install(program, &dir.join(name))?;
         }
     }
     let images = staging.path().join("share/pinion-tests/images");

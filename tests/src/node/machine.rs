@@ -121,6 +121,9 @@ fn kernel_command_line(job: &Job) -> String {
     if job.share.is_some() {
         words.push("node.share=1".into());
     }
+    if job.systemd {
+        words.push("node.init=systemd".into());
+    }
     words.extend(job.kernel_args.iter().cloned());
     words.join(" ")
 }

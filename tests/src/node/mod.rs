@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use crate::assets::Assets;
 use crate::cache::Cache;
+use crate::crates;
 use crate::error::{Error, Result};
 
 pub(crate) use boot::Parts;
@@ -41,8 +42,14 @@ pub(crate) struct Job {
     pub(crate) share: Option<PathBuf>,
     /// Installs critest and crictl too.
     pub(crate) clients: bool,
+    /// Installs kubelet too.
+    pub(crate) kubelet: bool,
     /// Further programs for /usr/local/bin.
     pub(crate) programs: Vec<PathBuf>,
+    /// Test programs of crates.
+    pub(crate) tests: Vec<crates::Program>,
+    /// systemd is PID 1, instead of a script.
+    pub(crate) systemd: bool,
     /// MiB of memory.
     pub(crate) memory: u32,
     /// Added to the kernel's command line.
@@ -58,7 +65,10 @@ impl Default for Job {
             bin_dir: None,
             share: None,
             clients: false,
+            kubelet: false,
             programs: Vec::new(),
+            tests: Vec::new(),
+            systemd: false,
             memory: 4096,
             kernel_args: Vec::new(),
             deadline: Duration::from_secs(900),
@@ -75,7 +85,7 @@ pub(crate) fn fetch(cache: &Cache) -> Result<Parts> {
 /// answering is replaced once: that says nothing about the command.
 pub(crate) fn run(assets: &Assets, job: &Job) -> Result<i32> {
     let parts = fetch(assets.cache()?)?;
-    let payload = disk::payload(assets, job)?;
+    let payload = disk::payload(assets, &parts, job)?;
     let mut first = true;
     loop {
         match machine::run(&parts, &payload, job) {

@@ -1,11 +1,13 @@
 //! Where a process runs and what it holds, said by the process itself.
 //!
-//! `hugepages SIZE PAGES [map-then FILE] [hold]` maps PAGES pages of SIZE (`2M`, `1G`), waits
-//! for FILE to appear between mapping and touching, touches every page, prints where they
-//! lie, and with `hold` keeps them until told to end. A mapping that is refused prints
+//! `hugepages SIZE PAGES [map-then FILE] [file PATH COUNT] [hold]` maps PAGES pages of SIZE
+//! (`2M`, `1G`), waits for FILE to appear between mapping and touching, touches every page,
+//! prints where they lie, and with `hold` keeps them until told to end. With `file` COUNT
+//! more pages are allocated to a file on a mounted hugetlbfs. A mapping that is refused prints
 //! `mmap: <reason>` and exits with 1; a page that was promised and is not there ends the
 //! process with SIGBUS, which is what the tests want to see.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -19,6 +21,8 @@ struct Order {
     pages: usize,
     /// Touch only once this file is there.
     gate: Option<String>,
+    /// A file on a hugetlbfs and how many pages it gets.
+    file: Option<(String, u64)>,
     hold: bool,
 }
 
@@ -35,6 +39,7 @@ impl Order {
         while let Some(word) = words.next() {
             match word.as_str() {
                 "map-then" => order.gate = Some(words.next()?.clone()),
+                "file" => order.file = Some((words.next()?.clone(), words.next()?.parse().ok()?)),
                 "hold" => order.hold = true,
                 _ => return None,
             }
@@ -45,8 +50,9 @@ impl Order {
 
 /// Maps, touches and reports.
 pub(crate) fn run(args: &[String]) -> io::Result<()> {
-    let order = Order::parse(args)
-        .ok_or_else(|| io::Error::other("hugepages 2M|1G PAGES [map-then FILE] [hold]"))?;
+    let order = Order::parse(args).ok_or_else(|| {
+        io::Error::other("hugepages 2M|1G PAGES [map-then FILE] [file PATH COUNT] [hold]")
+    })?;
     let size = 1_usize << order.page_bits;
     let mut pages =
         map(&order, size).map_err(|error| io::Error::other(format!("mmap: {error}")))?;
@@ -60,6 +66,10 @@ pub(crate) fn run(args: &[String]) -> io::Result<()> {
         page[0] = 1;
     }
     println!("touched {}", order.pages);
+    if let Some((path, count)) = &order.file {
+        allocate(path, count << order.page_bits)?;
+        println!("allocated {count} to {path}");
+    }
     report_place()?;
     for line in std::fs::read_to_string("/proc/self/numa_maps")?.lines() {
         if line.contains(" huge ") {
@@ -71,6 +81,14 @@ pub(crate) fn run(args: &[String]) -> io::Result<()> {
 
 fn map(order: &Order, size: usize) -> io::Result<MmapMut> {
     MmapOptions::new().len(order.pages * size).huge(Some(order.page_bits)).map_anon()
+}
+
+/// Gives a file its pages. They are taken now or it fails: no SIGBUS later.
+fn allocate(path: &str, length: u64) -> io::Result<()> {
+    let file = File::options().write(true).create(true).truncate(false).open(path)?;
+    let mode = rustix::fs::FallocateFlags::empty();
+    rustix::fs::fallocate(&file, mode, 0, length)
+        .map_err(|error| io::Error::other(format!("fallocate({path}, {length}): {error}")))
 }
 
 /// Prints the CPUs and memory nodes this process may use.

@@ -6,7 +6,7 @@
 //! | `nginx` | a web server that names itself a master process and leaves a pid file |
 //! | `httpd-foreground` | a web server that says "httpd" |
 //! | `nnp` | prints the effective user: installed setuid root |
-//! | `pinion-workload` | `spin` burns a CPU; `where` and `hugepages` report where it runs and what it maps |
+//! | `pinion-workload` | `spin` burns a CPU; `where` and `hugepages` report where it runs and what it maps; `serve` is there to be probed; `count` writes a log |
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -17,6 +17,7 @@ use std::process::{Command, ExitCode};
 use nix::sys::signal::{SigSet, Signal};
 
 mod hugepages;
+mod serve;
 
 const PID_FILE: &str = "/var/run/nginx.pid";
 const MASTER: &str = "nginx: master process nginx -g daemon off;";
@@ -57,8 +58,26 @@ fn workload(args: &[String]) -> std::io::Result<()> {
         Some("where") => hugepages::report_place(),
         Some("hugepages") => hugepages::run(&args[2..]),
         Some("wait") => wait_for_end(),
-        _ => Err(std::io::Error::other("usage: pinion-workload spin|where|wait|hugepages …")),
+        Some("serve") => serve::run(&args[2..]),
+        Some("count") => count(&args[2..]),
+        _ => Err(std::io::Error::other(
+            "usage: pinion-workload spin|where|wait|hugepages|serve|count …",
+        )),
     }
+}
+
+/// `count LINES`: writes that many numbered lines of 100 bytes, a thousand a second, then
+/// waits to be told to end.
+fn count(args: &[String]) -> std::io::Result<()> {
+    let lines: u32 = args
+        .first()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| std::io::Error::other("count LINES"))?;
+    for line in 0..lines {
+        println!("{line:<99}");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    wait_for_end()
 }
 
 fn end_signals() -> SigSet {

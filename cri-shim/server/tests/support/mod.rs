@@ -69,7 +69,7 @@ impl Server {
     pub(crate) async fn spawn(&mut self) -> Duration {
         let log = fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let began = Instant::now();
-        let child = Command::new(env!("CARGO_BIN_EXE_piniond"))
+        let child = Command::new(piniond())
             .arg("--config")
             .arg(self.path("config.toml"))
             .stdin(Stdio::null())
@@ -223,9 +223,17 @@ fn remove_group(group: &Path) {
     }
 }
 
+/// The server: where cargo built it, or in `PINION_TEST_BIN` on a machine without cargo.
+pub(crate) fn piniond() -> PathBuf {
+    match std::env::var_os("PINION_TEST_BIN") {
+        Some(directory) => Path::new(&directory).join("piniond"),
+        None => env!("CARGO_BIN_EXE_piniond").into(),
+    }
+}
+
 /// A program built beside the server.
 pub(crate) fn beside(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_piniond")).with_file_name(name);
+    let path = piniond().with_file_name(name);
     assert!(path.is_file(), "{} is not built: cargo build --release --workspace", path.display());
     path
 }
