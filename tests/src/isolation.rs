@@ -42,6 +42,7 @@ const CASES: &[Case] = &[
     ("exclusive CPUs that another container owns are refused", taken_cpus),
     ("a strict container with half a core is refused", half_core),
     ("grants and partitions survive the death of the server", survives_restart),
+    ("kubelet's state file says whose CPUs are exclusive", recorded),
     ("interrupts leave exclusive CPUs, new ones too, and come back", settings::interrupts),
     ("settings of a container that ends by itself are given back", settings::ends_by_itself),
     ("a wake-up latency limit holds while the container does", settings::latency),
@@ -259,6 +260,43 @@ fn half_core(site: &mut Site) -> Result<()> {
     container.resources = Some(half.resources()?);
     let text = refusal(&cri, &pod, &container)?;
     names(&text.to_lowercase(), "core")
+}
+
+const KUBELET_STATE: &str = "/var/lib/kubelet/cpu_manager_state";
+
+/// Shares that no guess would take for exclusive CPUs, and no annotation: only the file says
+/// it. A file that cannot be read is passed over.
+fn recorded(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let dir = std::path::Path::new(KUBELET_STATE).parent().map(std::path::Path::to_owned);
+    dir.map_or(Ok(()), fs::create_dir_all).during(|| "create kubelet's directory".into())?;
+    let wanted = ask(0, 8)?;
+    let state = format!(
+        r#"{{"policyName":"static","entries":{{"uid-recorded":{{"main":"{}"}}}}}}"#,
+        wanted.cpus
+    );
+    let run = |name: &str, text: &str| {
+        fs::write(KUBELET_STATE, text).during(|| format!("write {KUBELET_STATE}"))?;
+        let pod = pinned::kubelet_pod(site, name, "")?;
+        let mut container = pinned::holder("main", &wanted)?;
+        container.resources.get_or_insert_default().cpu_shares = 1500;
+        let pod_id = cri.run_pod(&pod)?;
+        let id = cri.launch(&pod_id, &pod, &container)?;
+        pinned::wait_for_line(site, &cri, (&pod, &container, &id), "numa_maps")?;
+        let receipt = cri.receipt(&id)?;
+        let term = settings::term(&receipt, "exclusive-cpus")?.clone();
+        Ok((pod_id, term))
+    };
+    let outcome = run("recorded", &state).and_then(|(pod_id, term)| {
+        let basis = term["evidence"]["basis"].as_str().unwrap_or_default().to_owned();
+        ensure(basis.contains("cpu_manager_state"), || format!("the basis is {term}"))?;
+        check_kernel(&wanted)?;
+        cri.remove_pod(&pod_id)?;
+        let (_, term) = run("unrecorded", "{")?;
+        ensure(term["asked"].is_null(), || format!("a broken file made it exclusive: {term}"))
+    });
+    let _ = fs::remove_file(KUBELET_STATE);
+    outcome
 }
 
 fn survives_restart(site: &mut Site) -> Result<()> {

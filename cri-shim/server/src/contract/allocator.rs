@@ -142,8 +142,12 @@ fn in_environment(container: &ContainerConfig) -> Option<CpuSet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::Wire;
+    use pinion_cri_proto::podresources::pod_resources_lister_server::{
+        PodResourcesLister, PodResourcesListerServer,
+    };
     use pinion_cri_proto::podresources::{ContainerResources, PodResources};
-    use pinion_cri_proto::v1::KeyValue;
+    use pinion_cri_proto::v1::{self, KeyValue};
 
     const STATE: &str = r#"{"policyName":"static","defaultCpuSet":"0-1,4-7",
         "entries":{"uid-1":{"app":"2-3"}},"checksum":1}"#;
@@ -189,6 +193,55 @@ mod tests {
         let config = ContainerConfig { envs, ..Default::default() };
         assert_eq!(in_environment(&config).unwrap().to_string(), "2-3,6");
         assert_eq!(in_environment(&ContainerConfig::default()), None);
+    }
+
+    #[derive(Debug)]
+    struct Kubelet;
+
+    #[tonic::async_trait]
+    impl PodResourcesLister for Kubelet {
+        async fn list(
+            &self,
+            _: tonic::Request<ListPodResourcesRequest>,
+        ) -> Result<tonic::Response<ListPodResourcesResponse>, tonic::Status> {
+            let app = ContainerResources { name: "app".into(), cpu_ids: vec![4, 5] };
+            let pod =
+                PodResources { name: "p".into(), namespace: "n".into(), containers: vec![app] };
+            Ok(tonic::Response::new(ListPodResourcesResponse { pod_resources: vec![pod] }))
+        }
+    }
+
+    #[tokio::test]
+    async fn kubelet_s_answer_counts_before_its_state_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("pod-resources/kubelet.sock");
+        std::fs::create_dir(socket.parent().unwrap()).unwrap();
+        let state = r#"{"policyName":"static","entries":{"u":{"app":"2-3","other":"6-7"}}}"#;
+        std::fs::write(dir.path().join("cpu_manager_state"), state).unwrap();
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let incoming = tokio_stream::wrappers::UnixListenerStream::new(listener);
+        let service = PodResourcesListerServer::new(Kubelet);
+        let server = tonic::transport::Server::builder().add_service(service);
+        tokio::spawn(server.serve_with_incoming(incoming));
+        let config = Isolation { kubelet_dir: dir.path().to_owned(), ..Isolation::default() };
+        let metadata = v1::PodSandboxMetadata {
+            name: "p".into(),
+            namespace: "n".into(),
+            uid: "u".into(),
+            attempt: 0,
+        };
+        let pod = v1::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
+        let sandbox = Sandbox { config: Wire(pod), ..Default::default() };
+        for (name, source, cpus) in [
+            ("app", Source::Answer, "4-5"),
+            ("other", Source::StateFile, "6-7"),
+            ("sidecar", Source::StateFile, ""),
+        ] {
+            let metadata = Some(v1::ContainerMetadata { name: name.into(), attempt: 0 });
+            let container = ContainerConfig { metadata, ..Default::default() };
+            let found = record(&config, &sandbox, &container).await.unwrap();
+            assert_eq!((found.0, found.1.to_string().as_str()), (source, cpus));
+        }
     }
 
     #[tokio::test]

@@ -8,17 +8,18 @@ use pinion_topology::{PageSize, Topology};
 use super::Subject;
 use crate::{Host, Reason, Term, TermName, files};
 
-/// Pages of a group in use, by node and size, from `hugetlb.<size>.numa_stat`; empty where
-/// the controller or the file (Linux 5.16) is missing. `group` is the group's directory.
+/// Pages of a group in use, by node and size; empty where the controller or its file
+/// (Linux 5.16) is missing. `group` is the group's directory.
+///
+/// `hugetlb.<size>.numa_stat` says how many, and on which node each was when it was touched:
+/// Linux 6.12 does not change that when the pages move with `cpuset.mems`. So where the
+/// processes' own maps account for every page, the maps say on which node it is.
 #[must_use]
 pub fn held(group: &Path, topology: &Topology) -> BTreeMap<(u32, PageSize), u64> {
-    let sizes = topology.hugepages.iter().map(|pool| pool.size);
-    sizes
-        .flat_map(|size| held_of(group, size).into_iter().map(move |(n, p)| ((n, size), p)))
-        .collect()
+    held_by(Path::new("/proc"), group, topology)
 }
 
-/// The same for pages of one size, by node.
+/// Pages of one size that a group has touched, by the node they were on then.
 pub(crate) fn held_of(group: &Path, size: PageSize) -> BTreeMap<u32, u64> {
     let path = group.join(format!("hugetlb.{size}.numa_stat"));
     let text = files::read(&path).ok().flatten().unwrap_or_default();
@@ -32,6 +33,63 @@ pub(crate) fn reserved(group: &Path, size: PageSize) -> u64 {
     let read = |name| files::read(&group.join(format!("hugetlb.{size}.{name}"))).ok().flatten();
     let text = names.into_iter().find_map(read).unwrap_or_default();
     size.pages_in(text.parse().unwrap_or(0))
+}
+
+fn held_by(proc: &Path, group: &Path, topology: &Topology) -> BTreeMap<(u32, PageSize), u64> {
+    let sizes = topology.hugepages.iter().map(|pool| pool.size);
+    let mut held: BTreeMap<(u32, PageSize), u64> = sizes
+        .flat_map(|size| held_of(group, size).into_iter().map(move |(n, p)| ((n, size), p)))
+        .collect();
+    let total = |pages: &BTreeMap<(u32, PageSize), u64>, size: PageSize| -> u64 {
+        pages.iter().filter(|((_, of), _)| *of == size).map(|(_, pages)| pages).sum()
+    };
+    if held.is_empty() {
+        return held;
+    }
+    let mapped = mapped(proc, group);
+    for size in topology.hugepages.iter().map(|pool| pool.size) {
+        if total(&mapped, size) == total(&held, size) {
+            held.retain(|(_, of), _| *of != size);
+            held.extend(mapped.iter().filter(|((_, of), _)| *of == size).map(|(k, v)| (*k, *v)));
+        }
+    }
+    held
+}
+
+/// Huge pages that the processes of a group and of those below it have mapped. What several
+/// of them share counts several times.
+fn mapped(proc: &Path, group: &Path) -> BTreeMap<(u32, PageSize), u64> {
+    let mut mapped = BTreeMap::new();
+    let groups = files::directories(group);
+    for dir in std::iter::once(group).chain(groups.iter().map(AsRef::as_ref)) {
+        let list = files::read(&dir.join("cgroup.procs")).ok().flatten().unwrap_or_default();
+        for pid in list.lines() {
+            let path = proc.join(pid).join("numa_maps");
+            let text = files::read(&path).ok().flatten().unwrap_or_default();
+            for (place, pages) in huge_pages(&text) {
+                *mapped.entry(place).or_default() += pages;
+            }
+        }
+    }
+    mapped
+}
+
+/// The pages of huge mappings in a `numa_maps` (numa(7)), by node and size.
+fn huge_pages(text: &str) -> Vec<((u32, PageSize), u64)> {
+    let mut pages = Vec::new();
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let kib = words.iter().find_map(|word| word.strip_prefix("kernelpagesize_kB="));
+        let kib = kib.and_then(|kib| kib.parse::<u64>().ok()).filter(|kib| *kib > 4);
+        let size = kib.and_then(|kib| PageSize::from_bytes(kib << 10).ok());
+        let Some(size) = size.filter(|_| words.contains(&"huge")) else { continue };
+        for word in words {
+            let entry = word.strip_prefix('N').and_then(|word| word.split_once('='));
+            let entry = entry.and_then(|(node, n)| Some((node.parse().ok()?, n.parse().ok()?)));
+            pages.extend(entry.map(|(node, count)| ((node, size), count)));
+        }
+    }
+    pages
 }
 
 /// `total=6291456 N0=6291456 N1=0`; v1 adds a second, hierarchical line.
@@ -64,7 +122,7 @@ pub(super) fn term(host: &Host, subject: &Subject, topology: &Topology) -> Term 
     let v1 = subject.v1.get("hugetlb").cloned();
     let v1 = v1.map(|dir| (dir, ["limit_in_bytes", "rsvd.limit_in_bytes"]));
     match v1.or(v2) {
-        Some((dir, files)) => inside(&mut term, subject, topology, &dir, files),
+        Some((dir, files)) => inside(&mut term, host, subject, topology, &dir, files),
         None => missing(&mut term),
     }
     term
@@ -77,7 +135,14 @@ fn missing(term: &mut Term) {
     term.fail(Reason::NoHugetlbController, detail);
 }
 
-fn inside(term: &mut Term, subject: &Subject, topology: &Topology, dir: &Path, files: [&str; 2]) {
+fn inside(
+    term: &mut Term,
+    host: &Host,
+    subject: &Subject,
+    topology: &Topology,
+    dir: &Path,
+    files: [&str; 2],
+) {
     let mut sizes: Vec<PageSize> = topology.hugepages.iter().map(|pool| pool.size).collect();
     sizes.retain(|size| dir.join(format!("hugetlb.{size}.{}", files[0])).exists());
     if sizes.is_empty() {
@@ -89,7 +154,7 @@ fn inside(term: &mut Term, subject: &Subject, topology: &Topology, dir: &Path, f
             limited(term, &dir.join(format!("hugetlb.{size}.{file}")), size, limit);
         }
     }
-    for ((node, size), pages) in held(dir, topology) {
+    for ((node, size), pages) in held_by(&host.proc(), dir, topology) {
         term.note(format!("in use on node {node}, {size}"), pages.to_string());
         let granted = subject.grants.iter().filter(|grant| grant.size == size);
         let nodes: Vec<u32> = granted.map(|grant| grant.node).collect();
@@ -123,6 +188,26 @@ fn limited(term: &mut Term, path: &Path, size: PageSize, limit: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_that_moved_are_where_the_maps_say_if_the_maps_have_them_all() {
+        let tree = crate::testtree::Tree::with_machine();
+        tree.file("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "128");
+        let topology = Topology::read_from(&tree.path("")).unwrap();
+        let size: PageSize = "2MB".parse().unwrap();
+        tree.file("group/hugetlb.2MB.numa_stat", "total=16777216 N0=0 N1=16777216");
+        tree.file("group/cgroup.procs", "7");
+        let maps = |pages| {
+            format!(
+                "7f00 default anon=1 N1=1 kernelpagesize_kB=4\n7f40 bind:0 file=/anon_hugepage huge anon={pages} N0={pages} kernelpagesize_kB=2048"
+            )
+        };
+        let held = || held_by(&tree.path("proc"), &tree.path("group"), &topology);
+        tree.file("proc/7/numa_maps", &maps(8));
+        assert_eq!(held(), BTreeMap::from([((0, size), 8)]));
+        tree.file("proc/7/numa_maps", &maps(3));
+        assert_eq!(held(), BTreeMap::from([((1, size), 8)]), "some are in no map");
+    }
 
     #[test]
     fn only_the_first_line_of_a_numa_stat_counts() {

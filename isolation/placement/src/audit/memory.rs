@@ -71,7 +71,7 @@ fn residency(term: &mut Term, host: &Host, subject: &Subject) {
 }
 
 /// KiB by kind (`anon`, `file`, `huge`) and node, summed over `numa_maps` (numa(7)).
-fn residents(text: &str) -> BTreeMap<(&'static str, u32), u64> {
+pub(super) fn residents(text: &str) -> BTreeMap<(&'static str, u32), u64> {
     let mut sums = BTreeMap::new();
     for line in text.lines() {
         let words: Vec<&str> = line.split_whitespace().skip(2).collect();
