@@ -24,7 +24,7 @@ forbid() { # crate, forbidden names...
     done
 }
 
-for crate in pinion pinion-container pinion-monitor pinion-sys pinion-topology pinion-placement pinion-lease \
+for crate in pinion pinion-container pinion-monitor pinion-sys pinion-topology pinion-placement pinion-lease pinion-device \
     pinion-seccomp pinion-cgroup pinion-monitor-proto; do
     forbid "$crate" tokio tonic hyper h2 reqwest
 done

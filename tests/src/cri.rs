@@ -49,6 +49,10 @@ pub(crate) struct Container {
     pub(crate) resources: Option<v1::LinuxContainerResources>,
     /// Capabilities to add.
     pub(crate) capabilities: Vec<String>,
+    /// Device nodes: path (the same inside), permissions.
+    pub(crate) devices: Vec<(String, String)>,
+    /// CDI devices by qualified name.
+    pub(crate) cdi: Vec<String>,
 }
 
 /// What a command in a container did.
@@ -139,6 +143,16 @@ impl Container {
             command: self.command.clone(),
             mounts: self.mounts.iter().map(mount).collect(),
             log_path: self.log(),
+            devices: self
+                .devices
+                .iter()
+                .map(|(path, permissions)| v1::Device {
+                    container_path: path.clone(),
+                    host_path: path.clone(),
+                    permissions: permissions.clone(),
+                })
+                .collect(),
+            cdi_devices: self.cdi.iter().map(|name| v1::CdiDevice { name: name.clone() }).collect(),
             linux: Some(v1::LinuxContainerConfig {
                 resources: self.resources.clone(),
                 security_context: Some(v1::LinuxContainerSecurityContext {
@@ -318,6 +332,15 @@ impl Cri {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// What the server says of itself.
+    pub(crate) fn info(&self) -> Result<serde_json::Value> {
+        let mut client = self.runtime();
+        let request = v1::StatusRequest { verbose: true };
+        let answer = self.call("Status", client.status(request))?;
+        let text = answer.info.get("info").cloned().unwrap_or_default();
+        serde_json::from_str(&text).during(|| "decode the server's info".into())
     }
 
     /// All pods.

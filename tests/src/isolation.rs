@@ -118,7 +118,7 @@ fn start_pinned(site: &Site, cri: &Cri, name: &str, ask: &Ask) -> Result<String>
 }
 
 /// The refusal of a container; a start is a failure.
-fn refusal(cri: &Cri, pod: &Pod, container: &Container) -> Result<String> {
+pub(crate) fn refusal(cri: &Cri, pod: &Pod, container: &Container) -> Result<String> {
     let pod_id = cri.run_pod(pod)?;
     let outcome = cri.launch(&pod_id, pod, container);
     cri.remove_pod(&pod_id)?;
@@ -129,8 +129,21 @@ fn refusal(cri: &Cri, pod: &Pod, container: &Container) -> Result<String> {
     }
 }
 
-fn names(text: &str, word: &str) -> Result<()> {
+/// Whether a refusal has this word.
+pub(crate) fn names(text: &str, word: &str) -> Result<()> {
     ensure(text.contains(word), || format!("the refusal does not say {word:?}: {text}"))
+}
+
+/// A receipt's term.
+pub(crate) fn term<'a>(
+    receipt: &'a serde_json::Value,
+    name: &str,
+) -> Result<&'a serde_json::Value> {
+    let terms = receipt["terms"].as_array().into_iter().flatten();
+    terms
+        .into_iter()
+        .find(|term| term["name"] == name)
+        .ok_or_else(|| Error::check(format!("no term {name} in {receipt:#}")))
 }
 
 /// The process that holds this many pages.

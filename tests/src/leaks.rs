@@ -143,6 +143,11 @@ pub(crate) fn process_with(command: &str) -> Option<u32> {
     command_lines().into_iter().find(|(_, line)| line == command)?.0.parse().ok()
 }
 
+/// The process whose command line ends with this.
+pub(crate) fn process_ending(end: &str) -> Option<u32> {
+    command_lines().into_iter().find(|(_, line)| line.ends_with(end))?.0.parse().ok()
+}
+
 /// Process ids and command lines; kernel threads have none and are left out.
 fn command_lines() -> Vec<(String, String)> {
     let mut found = Vec::new();

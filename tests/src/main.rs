@@ -12,6 +12,7 @@ mod cri;
 mod critest;
 mod debian;
 mod demo;
+mod devices;
 mod error;
 mod evidence;
 mod image;
@@ -72,6 +73,8 @@ enum Verb {
     Crates,
     /// A real kubelet, standalone, drives the server; in the virtual node only.
     Kubelet,
+    /// Devices, CDI and VFIO against this machine's kernel; wants a node with devices.
+    Devices { place: Place },
     /// A pod with CPUs and hugepages of its own, and one that is refused.
     Demo { place: Place },
     /// The suites meant for the inside of the virtual node.
@@ -141,6 +144,9 @@ struct NodeRun {
     /// Install this program too, in /usr/local/bin.
     #[arg(long)]
     program: Vec<PathBuf>,
+    /// Add an IOMMU and NICs with virtual functions.
+    #[arg(long)]
+    devices: bool,
     /// MiB of memory, half on each NUMA node.
     #[arg(long, default_value_t = 4096)]
     memory: u32,
@@ -187,6 +193,14 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Crates => return in_node(&assets, &["crates"]),
         Verb::Kubelet if assets.in_node() => kubelet::run(&assets)?,
         Verb::Kubelet => return in_node(&assets, &["kubelet"]),
+        Verb::Devices { place: Place::Host } => devices::run(&assets)?,
+        Verb::Devices { place: Place::Node } => {
+            let job = node::Job {
+                command: ["pinion-tests", "devices", "host"].map(str::to_owned).to_vec(),
+                ..node::Job::with_devices()
+            };
+            return Ok(exit_code(node::run(&assets, &job)?));
+        }
         Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
         Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
         Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
@@ -247,6 +261,7 @@ impl NodeRun {
             programs: self.program,
             tests: Vec::new(),
             systemd: self.systemd,
+            devices: self.devices,
             memory: self.memory,
             kernel_args: self.kernel_arg,
             deadline: Duration::from_secs(self.deadline),

@@ -76,8 +76,17 @@ pub(crate) enum Command {
     },
     /// Show version, paths, drivers and conditions of the node.
     Info,
+    /// The node against its profile.
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Print a completion script.
     Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// Compare the node with /etc/pinion/node.toml; ends with 1 where they differ.
+    Check,
 }
 
 #[derive(Debug, Subcommand)]
@@ -156,7 +165,22 @@ pub(crate) struct RunArgs {
     /// The CPUs belong to this container alone.
     #[arg(long, requires = "cpus")]
     pub(crate) exclusive: bool,
-    /// Hugepages as SIZE=PAGES, such as 2MB=64; may be repeated.
+    /// This many CPUs that belong to this container alone, chosen by piniond: whole cores.
+    #[arg(long, conflicts_with_all = ["cpus", "exclusive"], value_name = "COUNT")]
+    pub(crate) cpus_exclusive: Option<u32>,
+    /// The NUMA node of those CPUs.
+    #[arg(long, requires = "cpus_exclusive", value_name = "NODE")]
+    pub(crate) numa: Option<u32>,
+    /// Device node as PATH[:PATH-INSIDE[:rwm]]; may be repeated.
+    #[arg(long)]
+    pub(crate) device: Vec<String>,
+    /// CDI device as vendor.com/class=name; may be repeated.
+    #[arg(long)]
+    pub(crate) cdi: Vec<String>,
+    /// PCI function to hand over by VFIO, such as 0000:41:10.0; may be repeated.
+    #[arg(long)]
+    pub(crate) vfio: Vec<String>,
+    /// Hugepages as SIZE=PAGES, such as 2MB=64, mounted at /dev/hugepages; may be repeated.
     #[arg(long, value_parser = crate::run::hugepages)]
     pub(crate) hugepages: Vec<(String, u64)>,
     /// Memory limit, such as 256M.

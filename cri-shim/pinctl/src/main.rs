@@ -18,7 +18,7 @@ mod remove;
 mod run;
 
 use clap::{CommandFactory as _, Parser as _};
-use cli::{Cli, Command, ImageCommand};
+use cli::{Cli, Command, ImageCommand, NodeCommand};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -65,6 +65,7 @@ async fn dispatch(cli: Cli) -> Result<u8, error::Error> {
         Command::Rm { ids, force } => remove::remove(&mut node, &ids, force).await?,
         Command::Topology => node::topology(&mut node, format).await?,
         Command::Receipt { id } => node::receipts(&mut node, format, id).await?,
+        Command::Node(NodeCommand::Check) => return node::check(&mut node, format).await,
         Command::Info => node::info(&mut node, format).await?,
         Command::Completions { .. } => {}
     }

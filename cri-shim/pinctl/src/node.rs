@@ -142,3 +142,30 @@ pub(crate) async fn info(node: &mut Node, format: Format) -> Result<(), Error> {
     }
     output::table(&["", ""], rows)
 }
+
+/// Shows where the node differs from its profile: 0 where it does not, else 1.
+pub(crate) async fn check(node: &mut Node, format: Format) -> Result<u8, Error> {
+    let answer = node.admin.info(InfoRequest {}).await;
+    let info = answer.map_err(Error::call("comparing the node with its profile"))?.into_inner();
+    let details: Value = serde_json::from_str(&info.json)
+        .map_err(|source| Error::Answer { what: "information", source })?;
+    let profile = &details["profile"];
+    let drift = profile["drift"].as_array().cloned().unwrap_or_default();
+    if format == Format::Json {
+        output::json(profile)?;
+    } else if drift.is_empty() {
+        let path = profile["path"].as_str().unwrap_or_default();
+        let declared = profile["present"].as_bool().unwrap_or_default();
+        output::print(&if declared {
+            format!("the node is as {path} declares it")
+        } else {
+            format!("nothing is declared: there is no {path}")
+        })?;
+    } else {
+        let field = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+        let keys = ["kind", "what", "wanted", "found", "repairFailed"];
+        let rows = drift.iter().map(|row| keys.map(|key| field(row, key)).to_vec()).collect();
+        output::table(&["", "WHAT", "DECLARED", "FOUND", "NOT REPAIRED"], rows)?;
+    }
+    Ok(u8::from(!drift.is_empty()))
+}

@@ -7,8 +7,8 @@ use crate::output::{self, Format};
 use crate::{images, logs, remove};
 use pinion_cri_proto::admin::PullImageRequest;
 use pinion_cri_proto::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, HugepageLimit, ImageSpec,
-    ImageStatusRequest, KeyValue, LinuxContainerConfig, LinuxContainerResources,
+    CdiDevice, ContainerConfig, ContainerMetadata, CreateContainerRequest, Device, HugepageLimit,
+    ImageSpec, ImageStatusRequest, KeyValue, LinuxContainerConfig, LinuxContainerResources,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
     NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RunPodSandboxRequest,
     StartContainerRequest,
@@ -112,6 +112,20 @@ fn pod_config(args: &RunArgs, name: &str, unique: u128) -> PodSandboxConfig {
     if args.exclusive {
         annotations.insert("cpu.pinion.dev/exclusive".to_owned(), "true".to_owned());
     }
+    let mut annotate =
+        |key: &str, value: String| annotations.insert(format!("{key}.{name}"), value);
+    if let Some(count) = args.cpus_exclusive {
+        annotate("cpu.pinion.dev/count", count.to_string());
+    }
+    if let Some(node) = args.numa {
+        annotate("cpu.pinion.dev/numa", node.to_string());
+    }
+    if !args.vfio.is_empty() {
+        annotate("device.pinion.dev/vfio", args.vfio.join(","));
+    }
+    if !args.hugepages.is_empty() {
+        annotations.insert("hugepages.pinion.dev/mount".to_owned(), "true".to_owned());
+    }
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: name.to_owned(),
@@ -155,6 +169,8 @@ fn container_config(args: &RunArgs, name: &str) -> Result<ContainerConfig, Error
         args: args.command.clone(),
         envs,
         mounts,
+        devices: args.device.iter().map(|d| device(d)).collect::<Result<_, _>>()?,
+        cdi_devices: args.cdi.iter().map(|name| CdiDevice { name: name.clone() }).collect(),
         labels: HashMap::from([("pinctl".to_owned(), "true".to_owned())]),
         log_path: format!("{name}.log"),
         linux: Some(LinuxContainerConfig {
@@ -193,6 +209,21 @@ fn env(text: &str) -> Result<KeyValue, Error> {
         }
         _ => Err(Error::Invalid(format!("--env {text:?} is not NAME=VALUE"))),
     }
+}
+
+fn device(text: &str) -> Result<Device, Error> {
+    let parts: Vec<&str> = text.split(':').collect();
+    let (host, inside, permissions) = match parts.as_slice() {
+        [host] => (*host, *host, "rw"),
+        [host, inside] => (*host, *inside, "rw"),
+        [host, inside, permissions] => (*host, *inside, *permissions),
+        _ => return Err(Error::Invalid(format!("--device {text:?} is not PATH[:PATH[:rwm]]"))),
+    };
+    Ok(Device {
+        host_path: host.to_owned(),
+        container_path: inside.to_owned(),
+        permissions: permissions.to_owned(),
+    })
 }
 
 fn volume(text: &str) -> Result<Mount, Error> {

@@ -5,6 +5,7 @@
 //! | `cpu.pinion.dev/exclusive` | `true`, `false` | every container of the pod owns its cpuset alone, or none does whatever its requests look like |
 //! | `hugepages.pinion.dev/prefault` | `true`, `false` | prove the granted hugepages by touching them before the container starts; default: for strict pods |
 //! | `irq.pinion.dev/quiet` | `true`, `false`, `all` | keep interrupts off exclusive CPUs, those that can be moved (the default) or every single one |
+//! | `hugepages.pinion.dev/mount` | `true`, `false` | mount a hugetlbfs for each size at `/dev/hugepages` |
 //! | `isolation.pinion.dev/strict` | `true`, `false` | as the `pinion-strict` handler: a container starts only if every term is in force |
 //!
 //! CRI-O's annotations for high performance mean what they mean there, and are proven:
@@ -38,6 +39,7 @@ const LOAD_BALANCING: &str = "cpu-load-balancing.crio.io";
 const QUOTA: &str = "cpu-quota.crio.io";
 const IRQ_LOAD_BALANCING: &str = "irq-load-balancing.crio.io";
 const C_STATES: &str = "cpu-c-states.crio.io";
+const MOUNT: &str = "hugepages.pinion.dev/mount";
 const GOVERNOR: &str = "cpu-freq-governor.crio.io";
 const SHARED: &str = "cpu-shared.crio.io";
 
@@ -48,6 +50,8 @@ pub(crate) struct Wishes {
     pub(crate) exclusive: Option<bool>,
     /// Hugepages proven before the start.
     pub(crate) prefault: Option<bool>,
+    /// A hugetlbfs for each size it may use.
+    pub(crate) mount: bool,
     /// All or nothing.
     pub(crate) strict: Option<bool>,
     /// Interrupts kept off its exclusive CPUs.
@@ -73,13 +77,16 @@ impl Wishes {
 
     /// Reads the pod's annotations for the container named `container`.
     pub(crate) fn read(annotations: &HashMap<String, String>, container: &str) -> Result<Self> {
+        // CPUs chosen here are chosen to be exclusive.
+        let counted = crate::contract::cpus::wanted(annotations, container)?.map(|_| true);
         let own = |key| Lookup { annotations, key, separator: '.', container };
         let crio = |key| Lookup { annotations, key, separator: '/', container };
         let balanced = crio(LOAD_BALANCING).one_of(&DISABLE)?;
         let irqs_balanced = crio(IRQ_LOAD_BALANCING).one_of(&DISABLE)?;
         let balanced_irqs = |quiet| if quiet { IrqQuiet::Steerable } else { IrqQuiet::Any };
         Ok(Self {
-            exclusive: own(EXCLUSIVE).one_of(&FLAG)?.or(balanced),
+            exclusive: own(EXCLUSIVE).one_of(&FLAG)?.or(counted).or(balanced),
+            mount: own(MOUNT).one_of(&FLAG)?.unwrap_or(false),
             prefault: own(PREFAULT).one_of(&FLAG)?,
             strict: own(STRICT).one_of(&FLAG)?,
             irqs: own(QUIET).one_of(&IRQS)?.or(irqs_balanced.map(balanced_irqs)),

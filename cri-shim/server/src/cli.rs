@@ -35,12 +35,24 @@ pub struct Cli {
 enum Verb {
     /// Print the configuration in force and exit
     Config,
+    /// Ask the kernel from inside a container's group what may be opened there
+    #[command(hide = true)]
+    ProbeDevices,
 }
 
 impl Cli {
     /// Does what was asked for. Errors go to standard error.
     #[must_use]
     pub fn run(self) -> ExitCode {
+        if matches!(self.verb, Some(Verb::ProbeDevices)) {
+            return match crate::contract::devices::probe_stdin() {
+                Ok(line) => {
+                    println!("{line}");
+                    ExitCode::SUCCESS
+                }
+                Err(error) => complain(&error.to_string()),
+            };
+        }
         let print = matches!(self.verb, Some(Verb::Config));
         match self.load() {
             Err(error) => complain(&chain(&error)),

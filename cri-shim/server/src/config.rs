@@ -30,6 +30,12 @@ pub struct Config {
     pub network: Network,
     /// The isolation contract.
     pub isolation: Isolation,
+    /// Devices of containers.
+    pub device: Device,
+    /// The node itself.
+    pub node: NodeFiles,
+    /// The page that shows the node.
+    pub web: Web,
 }
 
 /// Directories and the socket.
@@ -217,6 +223,53 @@ pub enum HugepagePolicy {
     Report,
 }
 
+/// Devices of containers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Device {
+    /// Directories with CDI files, by rising priority.
+    pub cdi_dirs: Vec<PathBuf>,
+    /// PCI functions that pods may have handed over by VFIO: addresses (`0000:41:10.0`), or
+    /// vendor and device (`8086:10ca`). None by default: whoever gets one takes it from the
+    /// host.
+    pub vfio_allow: Vec<String>,
+}
+
+impl Default for Device {
+    fn default() -> Self {
+        Self { cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()], vfio_allow: Vec::new() }
+    }
+}
+
+/// The node itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeFiles {
+    /// What the node is declared to be; without the file nothing is.
+    pub profile: PathBuf,
+    /// Where features are written for Node Feature Discovery, such as
+    /// `/etc/kubernetes/node-feature-discovery/features.d/pinion`; nowhere when empty.
+    pub features_file: PathBuf,
+}
+
+impl Default for NodeFiles {
+    fn default() -> Self {
+        Self { profile: "/etc/pinion/node.toml".into(), features_file: PathBuf::new() }
+    }
+}
+
+/// The page that shows the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Web {
+    /// Where it is served, such as `127.0.0.1:9095`; nowhere by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<SocketAddr>,
+    /// Whether the address may be one that other machines reach. There is no login: whoever
+    /// reaches it sees the names of all pods.
+    pub allow_remote: bool,
+}
+
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -314,6 +367,13 @@ impl Config {
                 let reason = format!("{} is not an absolute path", path.display());
                 return Err(ConfigError::Value { key, reason });
             }
+        }
+        if let Some(address) = self.web.address
+            && !address.ip().is_loopback()
+            && !self.web.allow_remote
+        {
+            let reason = format!("{address} is not loopback; allow_remote = true permits that");
+            return Err(ConfigError::Value { key: "web.address", reason });
         }
         if self.runtime.pids_limit < 0 {
             let reason = format!("{} is negative; 0 means no limit", self.runtime.pids_limit);
@@ -428,6 +488,15 @@ mod tests {
         let config = load(&dir).unwrap();
         let text = config.to_toml().unwrap();
         assert_eq!(toml::from_str::<Config>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn the_page_stays_on_loopback_unless_told_otherwise() {
+        let dir = directory(&[("config.toml", "[web]\naddress = '0.0.0.0:9095'\n")]);
+        assert!(matches!(load(&dir), Err(ConfigError::Value { key: "web.address", .. })));
+        let text = "[web]\naddress = '0.0.0.0:9095'\nallow_remote = true\n";
+        load(&directory(&[("config.toml", text)])).unwrap();
+        load(&directory(&[("config.toml", "[web]\naddress = '[::1]:9095'\n")])).unwrap();
     }
 
     #[test]

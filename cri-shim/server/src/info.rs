@@ -94,6 +94,11 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
     };
     let snapshot = node.registry.snapshot();
     let findings = node.findings.lock().map(|f| f.clone()).unwrap_or_default();
+    if let Err(error) = crate::profile::refresh(node).await {
+        tracing::warn!(error = %error.chain(), "the node profile was not compared");
+    }
+    let devices = node.clone();
+    let cdi = crate::services::blocking(move || Ok(devices.devices.cdi())).await;
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "root": node.paths.root(),
@@ -108,6 +113,9 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
         "uptimeSeconds": node.began.elapsed().as_secs(),
         "findings": findings,
         "nodeSettings": node.settings.changed(),
+        "cdi": cdi.unwrap_or_default(),
+        "vfio": node.devices.claims(),
+        "profile": node.profile.json(),
     })
 }
 

@@ -5,7 +5,7 @@
 //! * [`config`], `cli`, `logging`, `server`: start, serve, stop; `recovery`: what a restart finds;
 //! * `services`: gRPC in and out; `pod`: the actors that own all state; `registry`: what they publish;
 //! * `contract`: the isolation contract; `record`: what the store keeps; `monitor`: one pod's monitor;
-//! * `stats`, `metrics`, `info`, `status`: answers about the state, none of which waits for a pod.
+//! * `profile`: what the node is declared to be; `stats`, `metrics`, `info`, `status`: answers about the state, none of which waits for a pod.
 //!
 //! The server may end at any moment without a container noticing: containers belong to their
 //! monitors, and everything needed to go on is in the store and the run directory.
@@ -32,6 +32,7 @@ mod netdev;
 mod node;
 mod paths;
 mod pod;
+mod profile;
 mod programs;
 mod record;
 mod recovery;
@@ -44,6 +45,7 @@ mod stats;
 mod status;
 mod streaming;
 mod ticket;
+mod web;
 mod wire;
 
 pub use pod::shared_pid as pod_init;

@@ -11,6 +11,8 @@ use pinion_store::{Store, Tx};
 use crate::admission::{Admission, Admit, Settled};
 use crate::cgroups::Cgroups;
 use crate::config::Config;
+use crate::contract::cpus::Chosen;
+use crate::contract::devices::Inventory;
 use crate::contract::hugepages::Hugepages;
 use crate::contract::settings::Settings;
 use crate::contract::watch::Histories;
@@ -18,6 +20,7 @@ use crate::error::{Context, Result};
 use crate::events::Events;
 use crate::monitor;
 use crate::paths::Paths;
+use crate::profile::Profile;
 use crate::programs::Programs;
 use crate::record::Sandbox;
 use crate::registry::Registry;
@@ -65,6 +68,9 @@ pub(crate) struct Node {
     pub(crate) hugepages: Hugepages,
     pub(crate) settings: Settings,
     pub(crate) histories: Histories,
+    pub(crate) devices: Inventory,
+    pub(crate) cpus: Chosen,
+    pub(crate) profile: Profile,
     pub(crate) registry: Registry,
     pub(crate) events: Events,
     /// What was found wrong at the start, for `info`.
@@ -89,12 +95,14 @@ pub(crate) struct Parts {
     pub(crate) network: Network,
     pub(crate) cgroups: Cgroups,
     pub(crate) facts: HostFacts,
+    pub(crate) profile: Profile,
 }
 
 impl Node {
     pub(crate) fn new(parts: Parts) -> Self {
         Self {
             paths: Paths::new(&parts.config),
+            devices: Inventory::new(parts.config.device.cdi_dirs.clone()),
             config: parts.config,
             programs: parts.programs,
             store: parts.store,
@@ -105,6 +113,8 @@ impl Node {
             hugepages: Hugepages::default(),
             settings: Settings::default(),
             histories: Histories::default(),
+            cpus: Chosen::default(),
+            profile: parts.profile,
             registry: Registry::default(),
             events: Events::default(),
             findings: Mutex::default(),

@@ -135,6 +135,20 @@ pub(crate) enum Holding {
         /// The container.
         container: String,
     },
+    /// CPUs that Pinion chose.
+    Cpus {
+        /// The container.
+        container: String,
+        /// The CPUs.
+        cpus: pinion_topology::CpuSet,
+    },
+    /// PCI functions handed over by VFIO, and what they were before.
+    Devices {
+        /// The container.
+        container: String,
+        /// The functions.
+        bindings: Vec<pinion_device::vfio::Binding>,
+    },
     /// The container as the OCI runtime knows it, with its processes and cgroup.
     RuntimeContainer {
         /// The container.

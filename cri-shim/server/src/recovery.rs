@@ -41,6 +41,8 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
 
     let mut containers: BTreeMap<String, Vec<Container>> = BTreeMap::new();
     for container in found.containers {
+        node.devices.restore(&container.holdings);
+        node.cpus.restore(&container.holdings);
         containers.entry(container.pod.clone()).or_default().push(container);
     }
     let mut creations: BTreeMap<String, Vec<(String, Container)>> = BTreeMap::new();
@@ -145,6 +147,8 @@ async fn sort_intent(
             serde_json::from_value(step).map(|sandbox| runs.push((intent.id.clone(), sandbox)))
         }
         CREATE_CONTAINER => serde_json::from_value::<Container>(step).map(|container| {
+            node.devices.restore(&container.holdings);
+            node.cpus.restore(&container.holdings);
             let undone = creations.entry(container.pod.clone()).or_default();
             undone.push((intent.id.clone(), container));
         }),

@@ -25,10 +25,11 @@ use crate::config::{CgroupDriver, Config};
 use crate::error::{Context, Error, Kind, Result};
 use crate::node::{Node, Parts};
 use crate::paths::Paths;
+use crate::profile::{self, Profile};
 use crate::programs::Programs;
 use crate::services::{AdminApi, DeadlineLayer, ImageApi, MAX_MESSAGE, RuntimeApi};
 use crate::streaming::Streams;
-use crate::{logging, recovery};
+use crate::{logging, recovery, web};
 
 /// Event loop threads: the work is in the monitors and in blocking calls, not here.
 const WORKERS: usize = 2;
@@ -120,6 +121,7 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         native: config.network.native,
     });
     let facts = cgroups.host_facts();
+    let profile = Profile::load(config.node.profile.clone());
     let node = Node::new(Parts {
         config,
         programs,
@@ -128,6 +130,7 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         network,
         cgroups,
         facts,
+        profile,
     });
     if let Some(moved) = opened.quarantined {
         node.find(format!(
@@ -169,6 +172,10 @@ async fn serve(node: Arc<Node>, began: Instant) -> Result<()> {
             let _ = stopped.await;
         });
     let mut serving = tokio::spawn(serving);
+    tokio::spawn(profile::watch(node.clone()));
+    if let Some(address) = node.config.web.address {
+        web::serve(node.clone(), address).await?;
+    }
 
     let pods = node.registry.snapshot().pods().count();
     let ms = began.elapsed().as_millis();

@@ -163,7 +163,7 @@ pub struct HostPaths {
     pub mounts: BTreeMap<String, MountSource>,
     /// By `host_path` of the request's devices: one node, or all below a directory, with the
     /// path below that directory (empty for a node itself).
-    pub devices: BTreeMap<String, Vec<(PathBuf, DeviceNode)>>,
+    pub devices: DevicesByPath,
     /// Every device of the host, filled in for privileged containers only.
     pub all_devices: Vec<DeviceNode>,
     /// By `container_path`: directory at which the server has mounted an image volume
@@ -188,11 +188,7 @@ impl HostPaths {
             };
             paths.mounts.insert(mount.host_path.clone(), source);
         }
-        for device in &container.devices {
-            let host = Path::new(&device.host_path);
-            let nodes = devices_below(host).map_err(|error| at(host, &error))?;
-            paths.devices.insert(device.host_path.clone(), nodes);
-        }
+        paths.devices = Self::inspect_devices(container)?;
         let security = container.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
         if security.is_some_and(|security| security.privileged) {
             paths.all_devices =
@@ -200,7 +196,21 @@ impl HostPaths {
         }
         Ok(paths)
     }
+
+    /// Looks at the device nodes alone, see [`HostPaths::devices`].
+    pub fn inspect_devices(container: &v1::ContainerConfig) -> io::Result<DevicesByPath> {
+        let mut devices = BTreeMap::new();
+        for device in &container.devices {
+            let host = Path::new(&device.host_path);
+            let nodes = devices_below(host).map_err(|error| at(host, &error))?;
+            devices.insert(device.host_path.clone(), nodes);
+        }
+        Ok(devices)
+    }
 }
+
+/// Device nodes by the host path a request names, with their path below it.
+pub type DevicesByPath = BTreeMap<String, Vec<(PathBuf, DeviceNode)>>;
 
 fn at(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))

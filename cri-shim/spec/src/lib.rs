@@ -40,7 +40,7 @@ pub use build::build;
 pub use cgroups_path::{CgroupDriver, cgroups_path};
 pub use confinement::{DEFAULT_APPARMOR_PROFILE, default_apparmor_profile, localhost_seccomp_path};
 pub use error::{Kind, SpecError};
-pub use facts::{AppArmor, DeviceNode, HostFacts, HostPaths, MountSource};
+pub use facts::{AppArmor, DeviceNode, DevicesByPath, HostFacts, HostPaths, MountSource};
 pub use inputs::{
     Accounts, Built, Inputs, PodNamespaces, PodPaths, ResolvedUser, Settings, UnsetSeccomp,
 };

@@ -22,6 +22,7 @@
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 
+mod allocate;
 mod audit;
 mod enforce;
 mod exclusivity;
@@ -40,6 +41,7 @@ mod step;
 #[cfg(test)]
 mod testtree;
 
+pub use allocate::{CpuDemand, CpuSupply, allocate};
 pub use audit::{IrqQuiet, Subject, audit, hugepages_held};
 pub use enforce::{EnforceError, enforce};
 pub use exclusivity::{

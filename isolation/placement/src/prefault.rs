@@ -18,7 +18,7 @@ use crate::{Grant, Host, Reason, Refusal, Target, TermName, files};
 
 /// Clearing memory runs at some GiB per second; the rest is for slow machines.
 const BASE: Duration = Duration::from_secs(10);
-const PER_GIB: Duration = Duration::from_secs(4);
+const PER_GIB: Duration = Duration::from_secs(15);
 
 /// Proves the grants, all held at once, from inside the container's groups. Returns a line
 /// of evidence per grant that has pages left to prove.

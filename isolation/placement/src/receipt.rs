@@ -39,13 +39,15 @@ pub struct Term {
 }
 
 impl Term {
-    pub(crate) fn new(name: TermName, asked: Option<String>) -> Self {
+    /// A term that is in force until something is found against it.
+    #[must_use]
+    pub fn new(name: TermName, asked: Option<String>) -> Self {
         let evidence = BTreeMap::new();
         Self { name, asked, in_force: true, evidence, code: None, reason: None }
     }
 
     /// Records that the term does not hold. The first cause gives the code; all are listed.
-    pub(crate) fn fail(&mut self, code: Reason, reason: impl Into<String>) {
+    pub fn fail(&mut self, code: Reason, reason: impl Into<String>) {
         self.in_force = false;
         self.code.get_or_insert(code);
         match &mut self.reason {
@@ -57,7 +59,8 @@ impl Term {
         }
     }
 
-    pub(crate) fn note(&mut self, key: impl Into<String>, value: impl Into<String>) {
+    /// Adds evidence.
+    pub fn note(&mut self, key: impl Into<String>, value: impl Into<String>) {
         self.evidence.insert(key.into(), value.into());
     }
 
@@ -100,6 +103,12 @@ impl Receipt {
     #[must_use]
     pub fn term(&self, name: TermName) -> Option<&Term> {
         self.terms.iter().find(|term| term.name == name)
+    }
+
+    /// Takes in a term that was audited elsewhere, and judges anew.
+    pub fn include(&mut self, strict: bool, term: Term) {
+        self.terms.push(term);
+        self.verdict = judge(strict, &self.terms);
     }
 
     /// Adds what was found out elsewhere (a plan's shortfall, a failed proof) and judges anew.

@@ -22,6 +22,8 @@ pub enum TermName {
     IrqQuiet,
     /// Frequency governor and wake-up latency of the CPUs are as asked.
     Power,
+    /// The devices are there, may be opened, and sit beside the CPUs and the memory.
+    Devices,
     /// A kernel of its own.
     Kernel,
 }
@@ -82,6 +84,20 @@ pub enum Reason {
     PowerDiffers,
     /// The container runs on the host's kernel.
     SharedKernel,
+    /// A device node is not there, or is another device than it was.
+    DeviceAbsent,
+    /// The kernel does not let the container open a device node.
+    DeviceDenied,
+    /// A device sits on another NUMA node than the CPUs or the memory.
+    DeviceNotLocal,
+    /// An IOMMU group is not given as a whole.
+    PartialIommuGroup,
+    /// Another container or the host uses the device.
+    DeviceInUse,
+    /// The device may not be given to containers, or not by the driver asked for.
+    DeviceNotAllowed,
+    /// Too few CPUs are left for the container.
+    CpusExhausted,
     /// The kernel refused a write.
     WriteFailed,
     /// A fact could not be read, so nothing can be said.
@@ -105,7 +121,8 @@ pub(crate) const NO_PARTITIONS_ON_V1: &str = "the cpuset controller is on cgroup
      off the CPUs; boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1)";
 
 impl Refusal {
-    pub(crate) fn new(term: TermName, reason: Reason, detail: impl Into<String>) -> Self {
+    /// A refusal with its reason for machines and for people.
+    pub fn new(term: TermName, reason: Reason, detail: impl Into<String>) -> Self {
         Self { term, reason, detail: detail.into() }
     }
 }

@@ -100,14 +100,14 @@ pub(crate) fn text(path: &Path) -> Result<Option<String>, ReadError> {
     }
 }
 
-fn list<K: Kind>(path: &Path) -> Result<Option<IdSet<K>>, ReadError> {
+pub(crate) fn list<K: Kind>(path: &Path) -> Result<Option<IdSet<K>>, ReadError> {
     let parse = |text: String| text.parse();
     let parsed = text(path)?.map(parse).transpose();
     parsed.map_err(|source| ReadError::List { path: path.to_owned(), source })
 }
 
 /// A number that fits; negative numbers mean "unknown" in sysfs.
-fn number(dir: &Path, name: &str) -> Result<Option<u32>, ReadError> {
+pub(crate) fn number(dir: &Path, name: &str) -> Result<Option<u32>, ReadError> {
     let path = dir.join(name);
     let Some(text) = text(&path)? else { return Ok(None) };
     match text.parse::<i64>() {
@@ -126,7 +126,7 @@ fn pages(dir: &Path, name: &str) -> Result<Option<u64>, ReadError> {
 }
 
 /// Numbers `n` of the entries called `<prefix>n`, in rising order; no entries without `dir`.
-fn numbered(dir: &Path, prefix: &str) -> Result<Vec<u32>, ReadError> {
+pub(crate) fn numbered(dir: &Path, prefix: &str) -> Result<Vec<u32>, ReadError> {
     let failed = |source| ReadError::Io { path: dir.to_owned(), source };
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,

@@ -13,6 +13,29 @@ use crate::error::{During, Error, Result};
 /// 2 MiB pages on each NUMA node.
 pub(crate) const SMALL_HUGEPAGES: u32 = 128;
 
+/// An IOMMU, and behind a root bridge of each NUMA node a NIC with seven virtual functions.
+/// With such bridges there every other device must name its bus.
+const DEVICES: [&str; 18] = [
+    "-device",
+    "intel-iommu,intremap=on,caching-mode=on",
+    "-device",
+    "pxb-pcie,id=px0,bus_nr=32,numa_node=0,bus=pcie.0",
+    "-device",
+    "pxb-pcie,id=px1,bus_nr=64,numa_node=1,bus=pcie.0",
+    "-device",
+    "pcie-root-port,id=rp0,bus=px0,chassis=1,slot=1",
+    "-device",
+    "pcie-root-port,id=rp1,bus=px1,chassis=2,slot=2",
+    "-netdev",
+    "hubport,id=n0,hubid=0",
+    "-netdev",
+    "hubport,id=n1,hubid=1",
+    "-device",
+    "igb,bus=rp0,netdev=n0,mac=52:54:00:00:00:10",
+    "-device",
+    "igb,bus=rp1,netdev=n1,mac=52:54:00:00:00:11",
+];
+
 /// Boots a node, runs the job's command and returns its exit code.
 pub(super) fn run(parts: &Parts, payload: &Path, job: &Job) -> Result<i32> {
     let dir = tempfile::Builder::new()
@@ -72,22 +95,29 @@ fn arguments(qemu: &mut Command, parts: &Parts, payload: &Path, dir: &Path, job:
     qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,topoext=on"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-m", &format!("{}M", job.memory)])
-        .args(["-smp", "8,sockets=2,cores=2,threads=2"])
+        .args(["-smp", &smp(job)])
         .args(["-object", &format!("memory-backend-ram,id=m0,size={half}M")])
         .args(["-object", &format!("memory-backend-ram,id=m1,size={half}M")])
-        .args(["-numa", "node,nodeid=0,memdev=m0,cpus=0-3"])
-        .args(["-numa", "node,nodeid=1,memdev=m1,cpus=4-7"])
-        .args(["-numa", "dist,src=0,dst=1,val=21"])
-        .args(["-device", "isa-debug-exit,iobase=0x501,iosize=0x4"])
+        .args(["-numa", &format!("node,nodeid=0,memdev=m0,cpus=0-{}", cpus(job) / 2 - 1)])
         .args([
-            "-object",
-            "rng-random,id=rng,filename=/dev/urandom",
-            "-device",
-            "virtio-rng-pci,rng=rng",
+            "-numa",
+            &format!("node,nodeid=1,memdev=m1,cpus={}-{}", cpus(job) / 2, cpus(job) - 1),
         ])
-        .arg("-serial")
-        .arg(format!("file:{}", dir.join("console.log").display()))
-        .args(["-device", "virtio-serial-pci"]);
+        .args(["-numa", "dist,src=0,dst=1,val=21"])
+        .args(["-device", "isa-debug-exit,iobase=0x501,iosize=0x4"]);
+    if job.devices {
+        qemu.args(DEVICES);
+    }
+    qemu.args([
+        "-object",
+        "rng-random,id=rng,filename=/dev/urandom",
+        "-device",
+        "virtio-rng-pci,rng=rng,bus=pcie.0",
+    ])
+    .arg("-serial")
+    .arg(format!("file:{}", dir.join("console.log").display()))
+    .args(["-device", "virtio-serial-pci,bus=pcie.0"]);
+
     for port in ["control", "out"] {
         let path = dir.join(port);
         qemu.args(["-chardev", &format!("socket,id={port},path={}", path.display())])
@@ -98,15 +128,35 @@ fn arguments(qemu: &mut Command, parts: &Parts, payload: &Path, dir: &Path, job:
             "if=none,id={name},file={},format=raw,readonly=on,cache=unsafe",
             image.display()
         );
-        qemu.args(["-drive", &drive, "-device", &format!("virtio-blk-pci,drive={name}")]);
+        qemu.args([
+            "-drive",
+            &drive,
+            "-device",
+            &format!("virtio-blk-pci,drive={name},bus=pcie.0"),
+        ]);
     }
     if let Some(share) = &job.share {
         let device =
             format!("local,id=share,path={},security_model=none,multidevs=remap", share.display());
-        qemu.args(["-fsdev", &device, "-device", "virtio-9p-pci,fsdev=share,mount_tag=share"]);
+        qemu.args([
+            "-fsdev",
+            &device,
+            "-device",
+            "virtio-9p-pci,fsdev=share,mount_tag=share,bus=pcie.0",
+        ]);
     }
     qemu.arg("-kernel").arg(&parts.kernel).arg("-initrd").arg(&parts.initramfs);
     qemu.arg("-append").arg(kernel_command_line(job));
+}
+
+/// Two sockets of two cores of two threads; with devices of three cores, so that five pods
+/// can each have one.
+fn cpus(job: &Job) -> u32 {
+    if job.devices { 12 } else { 8 }
+}
+
+fn smp(job: &Job) -> String {
+    format!("{},sockets=2,cores={},threads=2", cpus(job), cpus(job) / 4)
 }
 
 fn kernel_command_line(job: &Job) -> String {
@@ -115,9 +165,15 @@ fn kernel_command_line(job: &Job) -> String {
         // timers of an emulated machine fail the kernel's checks of real ones
         "no_timer_check rcupdate.rcu_cpu_stall_timeout=120 tsc=reliable".to_owned(),
         "apparmor=0".to_owned(),
-        "default_hugepagesz=2M hugepagesz=1G hugepages=0:0,1:1".to_owned(),
+        format!(
+            "default_hugepagesz=2M hugepagesz=1G hugepages=0:0,1:{}",
+            1 + u8::from(job.devices)
+        ),
         format!("hugepagesz=2M hugepages=0:{SMALL_HUGEPAGES},1:{SMALL_HUGEPAGES}"),
     ];
+    if job.devices {
+        words.push("intel_iommu=on iommu=pt".into());
+    }
     if job.share.is_some() {
         words.push("node.share=1".into());
     }

@@ -50,6 +50,9 @@ pub(crate) struct Job {
     pub(crate) tests: Vec<crates::Program>,
     /// systemd is PID 1, instead of a script.
     pub(crate) systemd: bool,
+    /// An IOMMU, a NIC with virtual functions on each NUMA node, and a second 1 GiB page on
+    /// node 1. Costs some seconds of the boot.
+    pub(crate) devices: bool,
     /// MiB of memory.
     pub(crate) memory: u32,
     /// Added to the kernel's command line.
@@ -69,10 +72,18 @@ impl Default for Job {
             programs: Vec::new(),
             tests: Vec::new(),
             systemd: false,
+            devices: false,
             memory: 4096,
             kernel_args: Vec::new(),
             deadline: Duration::from_secs(900),
         }
+    }
+}
+
+impl Job {
+    /// A node with devices, and with the memory that its 1 GiB pages take.
+    pub(crate) fn with_devices() -> Self {
+        Self { devices: true, memory: 6144, ..Self::default() }
     }
 }
 

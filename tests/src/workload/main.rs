@@ -6,7 +6,7 @@
 //! | `nginx` | a web server that names itself a master process and leaves a pid file |
 //! | `httpd-foreground` | a web server that says "httpd" |
 //! | `nnp` | prints the effective user: installed setuid root |
-//! | `pinion-workload` | `spin` burns a CPU; `where` and `hugepages` report where it runs and what it maps; `serve` is there to be probed; `count` writes a log |
+//! | `pinion-workload` | `spin` burns a CPU; `where` and `hugepages` report where it runs and what it maps; `serve` is there to be probed; `count` writes a log; `vfio` uses a PCI function |
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,6 +18,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 mod hugepages;
 mod serve;
+mod vfio;
 
 const PID_FILE: &str = "/var/run/nginx.pid";
 const MASTER: &str = "nginx: master process nginx -g daemon off;";
@@ -57,11 +58,12 @@ fn workload(args: &[String]) -> std::io::Result<()> {
         },
         Some("where") => hugepages::report_place(),
         Some("hugepages") => hugepages::run(&args[2..]),
+        Some("vfio") => vfio::run(&args[2..]),
         Some("wait") => wait_for_end(),
         Some("serve") => serve::run(&args[2..]),
         Some("count") => count(&args[2..]),
         _ => Err(std::io::Error::other(
-            "usage: pinion-workload spin|where|wait|hugepages|serve|count …",
+            "usage: pinion-workload spin|where|wait|hugepages|vfio|serve|count …",
         )),
     }
 }

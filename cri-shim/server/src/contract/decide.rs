@@ -80,6 +80,9 @@ pub(crate) struct Contract {
     /// The wake-up latency limit of its CPUs, as the kernel writes it.
     #[serde(default)]
     pub(crate) latency: Option<String>,
+    /// The device nodes it has.
+    #[serde(default)]
+    pub(crate) devices: Vec<pinion_device::Demand>,
 }
 
 impl Contract {
@@ -106,6 +109,7 @@ impl Contract {
             || self.governor.is_some()
             || self.latency.is_some()
             || !self.hugepages.is_empty()
+            || !self.devices.is_empty()
     }
 }
 
@@ -171,7 +175,7 @@ pub(crate) async fn decide(
 }
 
 /// CPU lists of all other containers that have one.
-fn others(node: &Node, id: &str) -> Vec<(String, CpuSet)> {
+pub(super) fn others(node: &Node, id: &str) -> Vec<(String, CpuSet)> {
     let snapshot = node.registry.snapshot();
     snapshot
         .containers()
@@ -217,6 +221,7 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
         unthrottled: asked.wishes.unthrottled,
         governor: asked.wishes.governor.clone(),
         latency: asked.wishes.latency.clone(),
+        devices: Vec::new(),
     };
     if asked.strict {
         of_shared_cpus(&contract, asked.wishes.shared)?;

@@ -157,10 +157,73 @@ async fn store(node: &Node, container: &str, grants: Vec<Grant>) -> Result<()> {
     node.write(move |tx| tx.put(GRANTS, &key, &grants)).await
 }
 
+/// Mounts a hugetlbfs of its own for each size that the container may use: the smallest at `/dev/hugepages`, where applications look, the others beside it
+/// with their size in the name. What is in it ends with the container.
+pub(crate) fn add_mounts(
+    demands: &[HugepageDemand],
+    spec: &mut oci_spec::runtime::Spec,
+) -> Result<()> {
+    let user = spec.process().as_ref().map(|process| process.user().clone()).unwrap_or_default();
+    let mut sizes: Vec<&HugepageDemand> = demands.iter().collect();
+    sizes.sort_by_key(|demand| demand.size);
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for (index, demand) in sizes.into_iter().enumerate() {
+        let bytes = demand.size.bytes();
+        let at = match index {
+            0 => "/dev/hugepages".to_string(),
+            _ => format!("/dev/hugepages-{}", demand.size),
+        };
+        if mounts.iter().any(|mount| mount.destination() == std::path::Path::new(&at)) {
+            continue; // the request has put something else there
+        }
+        let options = [
+            "nosuid".to_string(),
+            "nodev".to_string(),
+            format!("pagesize={}K", bytes >> 10),
+            format!("size={}", demand.pages.saturating_mul(bytes)),
+            format!("uid={}", user.uid()),
+            format!("gid={}", user.gid()),
+            "mode=0770".to_string(),
+        ];
+        let mount = oci_spec::runtime::MountBuilder::default()
+            .destination(at)
+            .typ("hugetlbfs")
+            .source("hugetlbfs")
+            .options(options.to_vec())
+            .build()
+            .map_err(|error| Error::from_foreign(Kind::Internal, error))?;
+        mounts.push(mount);
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(())
+}
+
 /// Gives a container's pages back.
 pub(crate) async fn release(node: &Node, container: &str) -> Result<()> {
     let key = container.to_string();
     node.write(move |tx| tx.delete(GRANTS, &key).map(drop)).await?;
     node.hugepages.lock().remove(container);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_size_gets_a_mount_bounded_by_its_limit() {
+        let demand =
+            |size: &str, pages| HugepageDemand { size: size.parse().unwrap(), pages, nodes: None };
+        let demands = [demand("1GB", 2), demand("2MB", 64)];
+        let mut spec = oci_spec::runtime::Spec::default();
+        let before = spec.mounts().clone().unwrap().len();
+        add_mounts(&demands, &mut spec).unwrap();
+        let mounts = spec.mounts().clone().unwrap();
+        let [small, large] = &mounts[before..] else { panic!("{mounts:?}") };
+        assert_eq!(small.destination(), std::path::Path::new("/dev/hugepages"));
+        assert_eq!(large.destination(), std::path::Path::new("/dev/hugepages-1GB"));
+        let options = small.options().clone().unwrap();
+        assert!(options.contains(&"pagesize=2048K".to_string()), "{options:?}");
+        assert!(options.contains(&"size=134217728".to_string()), "{options:?}");
+    }
 }

@@ -15,7 +15,9 @@
 //! from the kernel alone.
 
 mod allocator;
+pub(crate) mod cpus;
 mod decide;
+pub(crate) mod devices;
 pub(crate) mod hugepages;
 pub(crate) mod settings;
 mod view;

@@ -71,6 +71,9 @@ fn look(node: &Node, container: &Container) -> Result<Receipt> {
             note("lost", format!("{lost} times, repaired {repaired} times; last: {last}"));
         }
     }
+    if let Some(term) = super::devices::term(node, container)? {
+        receipt.include(container.contract.strict, term);
+    }
     Ok(receipt)
 }
 
@@ -90,6 +93,7 @@ pub(crate) async fn receipt(
 
 /// The last look before a strict container runs: what is not in force is a refusal.
 pub(crate) async fn check_before_start(node: &Arc<Node>, container: &Container) -> Result<()> {
+    prove_devices(node, container).await?;
     if !container.contract.strict {
         return Ok(());
     }
@@ -98,6 +102,19 @@ pub(crate) async fn check_before_start(node: &Arc<Node>, container: &Container) 
     match receipt.terms.iter().find_map(|term| term.refusal()) {
         None => Ok(()),
         Some(refusal) => Err(Error::from_foreign(Kind::Refused, refusal)),
+    }
+}
+
+/// Asks the kernel whether the container may open its devices. Only a strict container needs
+/// the answer to start.
+async fn prove_devices(node: &Arc<Node>, container: &Container) -> Result<()> {
+    let (prover, record) = (node.clone(), container.clone());
+    match blocking(move || super::devices::prove(&prover, &record)).await {
+        Err(error) if !container.contract.strict => {
+            tracing::warn!(container = container.id, error = %error.chain(), "devices not probed");
+            Ok(())
+        }
+        other => other,
     }
 }
 

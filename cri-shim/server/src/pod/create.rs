@@ -14,7 +14,9 @@ use pinion_spec::{Accounts, Built, HostPaths, Inputs, Kind as SpecKind, Settings
 
 use super::operations::{Context, Failed};
 use super::release;
-use crate::contract::{self, Decision, hugepages};
+use crate::annotations::Wishes;
+use crate::contract::devices::{self, Devices};
+use crate::contract::{self, Decision, cpus, hugepages};
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids;
 use crate::images::Foreign as _;
@@ -43,11 +45,15 @@ pub(crate) async fn create(
     config: &v1::ContainerConfig,
 ) -> Result<Container, Failed> {
     let early = |error| Failed { error, left: None };
-    let (planned, decision) = plan(context, id, config).await.map_err(early)?;
-    let (intent, grants) = reserve(context, &planned, &decision).await.map_err(early)?;
+    let ((planned, decision, devices), (intent, grants)) =
+        commit(context, id, config).await.map_err(|error| {
+            context.node.devices.unclaim(id);
+            context.node.cpus.release(id);
+            early(error)
+        })?;
     let planned = steer(planned, &grants);
     let decision = decision.with_grants(&grants);
-    let outcome = match steps(context, &planned, &decision).await {
+    let outcome = match steps(context, &planned, &decision, devices).await {
         Ok(created) => {
             let (record, intent) = (created.clone(), intent.clone());
             let written = context.node.write(move |tx| {
@@ -64,12 +70,27 @@ pub(crate) async fn create(
     }
 }
 
+/// Plans the container, claims what is the node's to give, and commits the intent.
+async fn commit(
+    context: &Context,
+    id: &str,
+    config: &v1::ContainerConfig,
+) -> Result<((Container, Decision, Devices), (String, Vec<pinion_placement::Grant>))> {
+    let (config, chosen) = cpus::choose(&context.node, &context.sandbox, id, config).await?;
+    let (mut planned, decision, devices) = plan(context, id, &config).await?;
+    // Given back last, when nothing runs on them any more.
+    planned.holdings.splice(0..0, chosen);
+    context.node.devices.claim(id, &devices.bindings)?;
+    let reserved = reserve(context, &planned, &decision).await?;
+    Ok(((planned, decision, devices), reserved))
+}
+
 /// Finds the image, decides the contract, and names all that the container will hold.
 async fn plan(
     context: &Context,
     id: &str,
     config: &v1::ContainerConfig,
-) -> Result<(Container, Decision)> {
+) -> Result<(Container, Decision, Devices)> {
     context.monitor()?;
     let sandbox = &context.sandbox;
     let log_path = log_path(sandbox, config)?;
@@ -77,6 +98,7 @@ async fn plan(
     let missing = || Error::not_found(format!("image {name:?} is not on this node; pull it first"));
     let image = context.node.images.resolve(&name).ok_or_else(missing)?;
     let decision = contract::decide(&context.node, sandbox, id, config).await?;
+    let devices = devices::plan(&context.node, sandbox, id, config, &decision.contract).await?;
     let container = id.to_string();
     let mut holdings = vec![Holding::ContainerDirectory { container: container.clone() }];
     if !decision.demands.is_empty() {
@@ -86,6 +108,7 @@ async fn plan(
         holdings.push(Holding::Settings { container: container.clone() });
     }
     holdings.push(Holding::Rootfs { container: container.clone() });
+    holdings.extend(devices.holding(id));
     holdings.push(Holding::RuntimeContainer { container: container.clone() });
     let resources = config.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
     let record = Container {
@@ -106,7 +129,7 @@ async fn plan(
         holdings,
         ..Default::default()
     };
-    Ok((record, decision))
+    Ok((record, decision, devices))
 }
 
 /// Binds a container that named no memory nodes to those its hugepages were granted on: the
@@ -187,9 +210,14 @@ async fn undo(context: &Context, planned: Container, intent: String, error: Erro
     Failed { error, left: None }
 }
 
-async fn steps(context: &Context, planned: &Container, decision: &Decision) -> Result<Container> {
+async fn steps(
+    context: &Context,
+    planned: &Container,
+    decision: &Decision,
+    devices: Devices,
+) -> Result<Container> {
     let (worker, record, decision) = (context.clone(), planned.clone(), decision.clone());
-    let built = blocking(move || prepare(&worker, &record, &decision)).await?;
+    let (built, nodes) = blocking(move || prepare(&worker, &record, &decision, &devices)).await?;
     for warning in &built.warnings {
         tracing::warn!(container = planned.id, warning, "not as asked");
     }
@@ -200,6 +228,7 @@ async fn steps(context: &Context, planned: &Container, decision: &Decision) -> R
             supplemental_groups: built.user.groups.iter().map(|g| i64::from(*g)).collect(),
         }),
         stop_signal: built.stop_signal,
+        contract: contract::Contract { devices: nodes, ..planned.contract.clone() },
         ..planned.clone()
     };
     let node = &context.node;
@@ -228,8 +257,14 @@ async fn steps(context: &Context, planned: &Container, decision: &Decision) -> R
     Ok(created)
 }
 
-/// Directory, root filesystem and `config.json`. Blocks.
-fn prepare(context: &Context, record: &Container, decision: &Decision) -> Result<Built> {
+/// Directory, root filesystem, devices and `config.json`; also the device nodes that the
+/// container has. Blocks.
+fn prepare(
+    context: &Context,
+    record: &Container,
+    decision: &Decision,
+    devices: &Devices,
+) -> Result<(Built, Vec<pinion_device::Demand>)> {
     let node = &context.node;
     let directory = node.paths.pod(&context.sandbox.id).container(&record.id);
     let rootfs = directory.rootfs();
@@ -242,24 +277,27 @@ fn prepare(context: &Context, record: &Container, decision: &Decision) -> Result
         fs::create_dir_all(parent).context(|| format!("create {}", parent.display()))?;
     }
     node.images.prepare_rootfs(&record.id, &record.image_id, &rootfs).image_error()?;
-    let built = build(context, record, decision, &rootfs)?;
+    devices.bind()?;
+    let config = devices.extend(&record.config);
+    let (built, nodes) = build(context, record, decision, (&config, devices), &rootfs)?;
     for source in &built.missing_sources {
         fs::create_dir_all(source).context(|| format!("create {}", source.display()))?;
     }
     write_config(&directory, &built.spec)?;
-    Ok(built)
+    Ok((built, nodes))
 }
 
 fn build(
     context: &Context,
     record: &Container,
     decision: &Decision,
+    (config, devices): (&v1::ContainerConfig, &Devices),
     rootfs: &Path,
-) -> Result<Built> {
+) -> Result<(Built, Vec<pinion_device::Demand>)> {
     let node = &context.node;
     let sandbox = context.sandbox.config_in_force();
     let image = node.images.config(&record.image_id).image_error()?;
-    let paths = HostPaths::inspect(&record.config)
+    let paths = HostPaths::inspect(config)
         .kind(Kind::Invalid, || "look at the request's host paths".to_string())?;
     let passwd = read_inside(rootfs, "etc/passwd");
     let group = read_inside(rootfs, "etc/group");
@@ -276,10 +314,10 @@ fn build(
         ..Settings::default()
     };
     let target = target_namespace(context, security)?;
-    pinion_spec::build(&Inputs {
+    let mut built = pinion_spec::build(&Inputs {
         container_id: &record.id,
         sandbox_id: &record.pod,
-        container: &record.config,
+        container: config,
         sandbox: &sandbox,
         image: image.config().as_ref(),
         image_name,
@@ -294,7 +332,13 @@ fn build(
         annotations: &decision.annotations,
         settings: &settings,
     })
-    .map_err(spec_error)
+    .map_err(spec_error)?;
+    let nodes = devices.add(&mut built.spec, config)?;
+    devices::raise_memlock(node, record, &nodes, &mut built.spec)?;
+    if Wishes::read(&context.sandbox.config.annotations, record.name())?.mount {
+        hugepages::add_mounts(&record.contract.hugepages, &mut built.spec)?;
+    }
+    Ok((built, nodes))
 }
 
 /// The PID namespace of another container of the same pod, if that is what was asked for.

@@ -43,6 +43,8 @@ impl Holding {
             | Self::Monitor
             | Self::Hugepages { .. }
             | Self::Settings { .. }
+            | Self::Cpus { .. }
+            | Self::Devices { .. }
             | Self::RuntimeContainer { .. } => false,
         }
     }
@@ -115,6 +117,13 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
         }
         Holding::Hugepages { container } => hugepages::release(node, container).await,
         Holding::Settings { container } => settings::release(node, container).await,
+        Holding::Cpus { container, .. } => {
+            node.cpus.release(container);
+            Ok(())
+        }
+        Holding::Devices { container, bindings } => {
+            crate::contract::devices::release(node, container, bindings).await
+        }
         Holding::RuntimeContainer { container } => delete(release, container).await,
     }
 }
