@@ -8,7 +8,9 @@ use crate::cni::record::{Record, Records, Stored};
 use crate::cni::request;
 use crate::engine::Choice;
 use crate::error::NetworkError;
+use crate::guard::{ForeignChanges, Guard, Run};
 use crate::namespaces;
+use crate::native::config::Plan;
 use crate::native::reaper::Reaper;
 use crate::pod::{Attachment, PodNetwork};
 use std::collections::{BTreeSet, HashMap};
@@ -32,6 +34,8 @@ pub struct NetworkConfig {
     pub cache_dir: PathBuf,
     /// Common chains are done in this process instead of by their plugins.
     pub native: bool,
+    /// The node's network is compared before and after each attachment and detachment.
+    pub guard: bool,
 }
 
 /// The pod network. Cheap to clone; all methods may run concurrently for different pods,
@@ -49,6 +53,7 @@ pub(crate) struct Shared {
     pub(crate) loopback_only: bool,
     pub(crate) choice: Choice,
     pub(crate) reaper: Reaper,
+    pub(crate) guard: Arc<Guard>,
     pod_cidrs: RwLock<Vec<String>>,
     /// Versions each binary said it speaks, asked once per change of the file.
     pub(crate) spoken: Mutex<HashMap<PathBuf, (SystemTime, Vec<String>)>>,
@@ -65,6 +70,7 @@ impl Network {
             loopback_only: true,
             choice: Choice::new(config.native),
             reaper: Reaper::default(),
+            guard: Arc::new(Guard::new(config.guard)),
             pod_cidrs: RwLock::default(),
             spoken: Mutex::default(),
         };
@@ -81,6 +87,7 @@ impl Network {
             loopback_only: shared.loopback_only,
             choice: Choice::new(shared.choice.allowed),
             reaper: shared.reaper.clone(),
+            guard: shared.guard.clone(),
             pod_cidrs: RwLock::new(self.pod_cidrs()),
             spoken: Mutex::default(),
         };
@@ -148,20 +155,57 @@ impl Network {
             // An ADD that a crash cut short: CNI wants a DEL before the next ADD.
             self.detach(id, &left).await?;
         }
+        let run = self.watch(id).await;
+        let outcome = self.attach(id, plan, record).await;
+        let (record, outcome) = outcome;
+        self.unwatch(run, id, &record, outcome.is_err()).await;
+        outcome
+    }
+
+    async fn attach(
+        &self,
+        id: &str,
+        plan: Result<Plan, String>,
+        record: Record,
+    ) -> (Record, Result<Attachment, NetworkError>) {
         let network = record.network.name.clone();
         let (record, outcome) = match plan {
             Ok(plan) => self.attach_native(id, plan, record).await,
             Err(_) => self.attach_by_plugins(id, record).await,
         };
-        match outcome {
+        let outcome = match outcome {
             Ok(attachment) => Ok(attachment),
             Err(source) => Err(NetworkError::Add {
-                pod: id.clone(),
+                pod: id.to_owned(),
                 network,
                 source: Box::new(source),
                 cleanup: self.detach(id, &record).await.err().map(Box::new),
             }),
+        };
+        (record, outcome)
+    }
+
+    /// Looks at the node's network before a chain runs.
+    async fn watch(&self, id: &str) -> Option<Run> {
+        if !self.shared.guard.on {
+            return None;
         }
+        let (guard, id) = (self.shared.guard.clone(), id.to_owned());
+        tokio::task::spawn_blocking(move || guard.begin(&id)).await.ok().flatten()
+    }
+
+    /// Looks again. `last`: the pod is not attached any more.
+    async fn unwatch(&self, run: Option<Run>, id: &str, record: &Record, last: bool) {
+        let Some(run) = run else { return };
+        let claims = record.claims(id, last);
+        let guard = self.shared.guard.clone();
+        // An error is a panic of the thread, and the end of this run all the same.
+        let _ = tokio::task::spawn_blocking(move || guard.end(&run, &claims)).await;
+    }
+
+    /// Foreign changes to the node's network found since the last call.
+    pub fn foreign_changes(&self) -> Vec<ForeignChanges> {
+        self.shared.guard.reports()
     }
 
     async fn attach_by_plugins(
@@ -219,7 +263,11 @@ impl Network {
             // A plugin must not be pointed at whatever is there now; it frees what it can.
             record.netns = PathBuf::new();
         }
-        self.detach(&pod.sandbox_id, &record).await
+        let id = &pod.sandbox_id;
+        let run = self.watch(id).await;
+        let outcome = self.detach(id, &record).await;
+        self.unwatch(run, id, &record, true).await;
+        outcome
     }
 
     /// The pod's record; in place of a damaged one, a new one from the configuration in force.
@@ -296,6 +344,10 @@ impl Network {
             Ok(pods) => pods,
             Err(error) => return vec![error],
         };
+        shared.guard.know(pods.iter().flat_map(|id| match shared.records.read(id) {
+            Ok(Stored::Sound(record)) => record.claims(id, false).links,
+            _ => BTreeSet::new(),
+        }));
         let mut failures = Vec::new();
         for id in pods.iter().filter(|id| !valid.contains(*id)) {
             let pod = PodNetwork { sandbox_id: id.clone(), ..Default::default() };

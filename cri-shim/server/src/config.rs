@@ -175,6 +175,9 @@ pub struct Network {
     /// Common chains (`bridge` or `ptp` with `host-local`, `portmap`) are done by the server
     /// itself, with the plugins' leases and rules; `false` executes the plugins always.
     pub native: bool,
+    /// The node's links, addresses, routes, rules and nftables tables are compared before and
+    /// after a pod is attached or detached; what is not the pod's is reported.
+    pub guard: bool,
 }
 
 impl Default for Network {
@@ -184,6 +187,7 @@ impl Default for Network {
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             cache_dir: "/var/lib/cni".into(),
             native: true,
+            guard: true,
         }
     }
 }

@@ -121,7 +121,10 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
 
 /// The `info` map of a pod.
 pub(crate) fn of_pod(node: &Node, pod: &PodView) -> HashMap<String, String> {
+    let foreign = node.foreign_changes.lock().ok();
+    let foreign = foreign.and_then(|known| known.get(&pod.sandbox.id).cloned());
     let info = json!({
+        "foreignNetworkChanges": foreign.unwrap_or_default(),
         "directory": node.paths.pod(&pod.sandbox.id).path(),
         "cgroupParent": pod.sandbox.cgroup_parent,
         "holdings": pod.sandbox.holdings,

@@ -1,5 +1,6 @@
 //! The node: everything the pods' actors and the services share.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -75,6 +76,8 @@ pub(crate) struct Node {
     pub(crate) events: Events,
     /// What was found wrong at the start, for `info`.
     pub(crate) findings: Mutex<Vec<String>>,
+    /// Changes to the node's network during a pod's attachment that are not the pod's.
+    pub(crate) foreign_changes: Mutex<HashMap<String, Vec<String>>>,
     pub(crate) samples: Samples,
     pub(crate) began: Instant,
     names: Mutex<PodNames>,
@@ -118,6 +121,7 @@ impl Node {
             registry: Registry::default(),
             events: Events::default(),
             findings: Mutex::default(),
+            foreign_changes: Mutex::default(),
             samples: Samples::default(),
             began: Instant::now(),
             names: Mutex::default(),

@@ -119,6 +119,7 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         bin_dirs: config.network.bin_dirs.clone(),
         cache_dir: config.network.cache_dir.clone(),
         native: config.network.native,
+        guard: config.network.guard,
     });
     let facts = cgroups.host_facts();
     let profile = Profile::load(config.node.profile.clone());

@@ -6,6 +6,7 @@
 use super::PluginResult;
 use super::config::NetworkList;
 use crate::error::NetworkError;
+use crate::guard::{Claims, tables_of};
 use crate::pod::Attachment;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -53,6 +54,25 @@ impl Record {
         }
         self.attachment = Some(attachment.clone());
         Ok(attachment)
+    }
+}
+
+impl Record {
+    /// What of the node's network is this attachment's: see [`crate::guard`].
+    pub(crate) fn claims(&self, pod: &str, last: bool) -> Claims {
+        let mut claims = Claims { last, ..Default::default() };
+        if let Some(attachment) = &self.attachment {
+            claims.ips.clone_from(&attachment.ips);
+            let outside = attachment.result.interfaces.iter().filter(|i| i.sandbox.is_empty());
+            claims.links.extend(outside.map(|interface| interface.name.clone()));
+        }
+        claims.links.insert(crate::native::host_name(&self.network.name, pod, &self.interface));
+        for plugin in self.network.plugins.iter().filter(|plugin| plugin.kind == "bridge") {
+            let bridge = plugin.object.get("bridge").and_then(Value::as_str);
+            claims.links.insert(bridge.unwrap_or("cni0").to_owned());
+        }
+        claims.tables = tables_of(self.network.plugins.iter().map(|p| p.kind.as_str()));
+        claims
     }
 }
 

@@ -30,6 +30,7 @@ use crate::netlink::route::{self, VethPair};
 use crate::pod::PortMapping;
 use config::{HostLocal, Link, Plan, Portmap};
 use host_local::Leases;
+pub(crate) use link::host_name;
 use link::{Address, PodSide};
 use reaper::Reaper;
 use serde_json::{Map, Value, json};

@@ -17,6 +17,7 @@ const BATCH_END: u16 = 0x11;
 const NFNL_BATCH_GENID: u16 = 1;
 
 const NEWTABLE: u16 = 0;
+const GETTABLE: u16 = 1;
 const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 const DELCHAIN: u16 = 5;
@@ -25,6 +26,7 @@ const GETRULE: u16 = 7;
 const DELRULE: u16 = 8;
 const GETGEN: u16 = 16;
 
+const TABLE_NAME: u16 = 1;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
@@ -109,6 +111,18 @@ pub(crate) struct Table<'a> {
 
 fn message(kind: u16, family: u8) -> Message {
     Message::new(SUBSYSTEM << 8 | kind).raw(&[family, 0, 0, 0])
+}
+
+/// Names of all tables with their family.
+pub(crate) fn tables(socket: &mut Socket) -> io::Result<Vec<(u8, String)>> {
+    let answers = socket.dump(&message(GETTABLE, 0))?;
+    Ok(answers
+        .iter()
+        .filter_map(|answer| {
+            let name = Attributes::after(&answer.body, GENERIC).text(TABLE_NAME)?;
+            Some((*answer.body.first()?, name))
+        })
+        .collect())
 }
 
 impl Table<'_> {

@@ -61,7 +61,8 @@ pub(crate) const RTA_DST: u16 = 1;
 pub(crate) const RTA_OIF: u16 = 4;
 pub(crate) const RTA_GATEWAY: u16 = 5;
 const RTA_PREFSRC: u16 = 7;
-pub(crate) const RT_TABLE_MAIN: u8 = 254;
+pub(crate) const RTA_TABLE: u16 = 15;
+const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_BOOT: u8 = 3;
 const RTN_UNICAST: u8 = 1;
 

@@ -4,6 +4,7 @@
 
 mod broken_plugins;
 mod differential;
+mod guard;
 mod namespaces;
 mod pods;
 mod real_plugins;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{AddrParseError, IpAddr};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use pinion_cri_proto::v1::{self, NamespaceMode};
 use pinion_network::namespaces::{self, Setup};
@@ -52,13 +52,37 @@ pub(crate) fn namespaces_pinned(node: &Node, sandbox: &Sandbox) -> bool {
 
 /// Attaches the pod to its network; its addresses, the primary one first.
 pub(crate) async fn add(node: &Arc<Node>, sandbox: &Sandbox) -> Result<Vec<String>> {
-    let attachment = node.network.add(&describe(node, sandbox)?).await.map_err(network_error)?;
+    let outcome = node.network.add(&describe(node, sandbox)?).await;
+    note_foreign_changes(node);
+    let attachment = outcome.map_err(network_error)?;
     Ok(attachment.ips.iter().map(ToString::to_string).collect())
 }
 
 /// Detaches the pod; done when it is not attached.
 pub(crate) async fn del(node: &Arc<Node>, sandbox: &Sandbox) -> Result<()> {
-    node.network.del(&describe(node, sandbox)?, None).await.map_err(network_error)
+    let outcome = node.network.del(&describe(node, sandbox)?, None).await;
+    note_foreign_changes(node);
+    outcome.map_err(network_error)
+}
+
+/// Most changes kept per pod, for its verbose status.
+const MAX_FOREIGN: usize = 64;
+
+/// Makes known what changed of the node's network and belongs to no pod: a plugin meddles, or
+/// somebody was at work at the same time.
+fn note_foreign_changes(node: &Node) {
+    for report in node.network.foreign_changes() {
+        let pods = report.pods.join(" ");
+        for change in &report.changes {
+            tracing::warn!(pods, change, "the node's network changed beside that of its pods");
+        }
+        let mut known = node.foreign_changes.lock().unwrap_or_else(PoisonError::into_inner);
+        for pod in report.pods {
+            let changes = known.entry(pod).or_default();
+            changes.extend(report.changes.iter().cloned());
+            changes.truncate(MAX_FOREIGN);
+        }
+    }
 }
 
 fn network_error(error: NetworkError) -> Error {

@@ -80,6 +80,9 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
     let directory = node.paths.pod(&release.sandbox.id);
     match holding {
         Holding::PodDirectory => {
+            if let Ok(mut known) = node.foreign_changes.lock() {
+                known.remove(&release.sandbox.id);
+            }
             let path = directory.path().to_path_buf();
             blocking(move || remove_tree(&path)).await
         }
