@@ -123,6 +123,19 @@ pub fn become_stdio(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the standard descriptor `target` (0 to 2) refer to what `fd` does.
+///
+/// # Errors
+/// `EINVAL` for another number; else as dup2(2).
+pub fn replace_stdio(fd: BorrowedFd<'_>, target: RawFd) -> io::Result<()> {
+    if !(0..=2).contains(&target) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: as in `become_stdio`.
+    let result = unsafe { libc::dup2(fd.as_raw_fd(), target) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Borrows a descriptor by its number, when it is open.
 ///
 /// The number must stay open for as long as the result is used: meant for the standard
