@@ -40,8 +40,9 @@ pub(crate) struct Global {
     /// Let systemd make cgroups; cgroupsPath is then slice:prefix:name
     #[arg(long, global = true)]
     pub(crate) systemd_cgroup: bool,
-    /// Accepted for compatibility: true, false or auto
-    #[arg(id = "rootless-mode", long = "rootless", value_name = "WHEN", hide = true)]
+    /// Accepted for compatibility: whether rights are missing is found out where they are
+    /// needed (true, false or auto)
+    #[arg(id = "rootless-mode", long = "rootless", value_name = "WHEN")]
     rootless: Option<String>,
     /// Accepted for compatibility
     #[arg(long, global = true, value_name = "PATH", hide = true)]
@@ -92,10 +93,10 @@ pub(crate) enum Verb {
     Spec(Spec),
     /// Print what this runtime can do
     Features,
-    /// Checkpoint a running container (not supported)
-    Checkpoint(Anything),
-    /// Restore a container from a checkpoint (not supported)
-    Restore(Anything),
+    /// Checkpoint a running container
+    Checkpoint(Box<Checkpoint>),
+    /// Restore a container from a checkpoint
+    Restore(Box<Restore>),
 }
 
 /// A verb that only needs to know the container.
@@ -103,13 +104,6 @@ pub(crate) enum Verb {
 pub(crate) struct Id {
     /// Name of the container
     pub(crate) id: String,
-}
-
-/// Whatever clients pass to a verb that is refused.
-#[derive(Debug, Args)]
-pub(crate) struct Anything {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    rest: Vec<String>,
 }
 
 /// Flags of `create` and `run`.
@@ -228,9 +222,9 @@ pub(crate) struct Exec {
     /// Pass on N more descriptors after the standard ones and those of $LISTEN_FDS
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
-    /// Existing cgroup below the container's
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup: Option<String>,
+    /// Existing cgroup below the container's; on v1 one per controller can be given
+    #[arg(long, value_name = "[CONTROLLERS:]PATH")]
+    pub(crate) cgroup: Vec<String>,
     /// Do it in a paused container too
     #[arg(long)]
     pub(crate) ignore_paused: bool,
@@ -299,24 +293,120 @@ pub(crate) struct Update {
     /// 1 for SCHED_IDLE
     #[arg(long, allow_negative_numbers = true)]
     pub(crate) cpu_idle: Option<i64>,
-    /// Memory limit, bytes
-    #[arg(long, allow_negative_numbers = true)]
+    /// Memory limit, bytes or with a unit such as 512M
+    #[arg(long, allow_hyphen_values = true, value_parser = parse_size)]
     pub(crate) memory: Option<i64>,
-    /// Soft memory limit, bytes
-    #[arg(long, allow_negative_numbers = true)]
+    /// Soft memory limit, bytes or with a unit
+    #[arg(long, allow_hyphen_values = true, value_parser = parse_size)]
     pub(crate) memory_reservation: Option<i64>,
-    /// Limit of memory and swap together, bytes; -1 for none
-    #[arg(long, allow_negative_numbers = true)]
+    /// Limit of memory and swap together, bytes or with a unit; -1 for none
+    #[arg(long, allow_hyphen_values = true, value_parser = parse_size)]
     pub(crate) memory_swap: Option<i64>,
     /// Most processes and threads
     #[arg(long, allow_negative_numbers = true)]
     pub(crate) pids_limit: Option<i64>,
-    /// Cache allocation (not supported)
-    #[arg(long, hide = true)]
+    /// Intel RDT: cache of the container, such as L3:0=f0;1=f
+    #[arg(long)]
     pub(crate) l3_cache_schema: Option<String>,
-    /// Memory bandwidth allocation (not supported)
-    #[arg(long, hide = true)]
+    /// Intel RDT: memory bandwidth of the container, such as MB:0=20;1=70
+    #[arg(long)]
     pub(crate) mem_bw_schema: Option<String>,
+}
+
+/// Flags that `checkpoint` and `restore` share.
+#[derive(Debug, Args)]
+pub(crate) struct Criu {
+    /// Directory of the image files [default: checkpoint]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) image_path: Option<PathBuf>,
+    /// Directory for work files and logs
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work_path: Option<PathBuf>,
+    /// Allow established TCP connections
+    #[arg(long)]
+    pub(crate) tcp_established: bool,
+    /// Allow UNIX sockets that lead outside
+    #[arg(long)]
+    pub(crate) ext_unix_sk: bool,
+    /// Allow a terminal from outside
+    #[arg(long)]
+    pub(crate) shell_job: bool,
+    /// Handle file locks
+    #[arg(long)]
+    pub(crate) file_locks: bool,
+    /// How CRIU treats cgroups: soft, full, strict or ignore
+    #[arg(long, value_name = "MODE", default_value = "", hide_default_value = true)]
+    pub(crate) manage_cgroups_mode: String,
+    /// Namespace to make anew without its properties
+    #[arg(long, value_name = "NAMESPACE")]
+    pub(crate) empty_ns: Vec<String>,
+    /// Drop the pages of parent images that newer ones replace
+    #[arg(long)]
+    pub(crate) auto_dedup: bool,
+    /// Restore memory on demand with userfaultfd
+    #[arg(long)]
+    pub(crate) lazy_pages: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Checkpoint {
+    /// Name of the container
+    pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) criu: Criu,
+    /// Directory of an earlier pre-dump, relative to the image directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) parent_path: Option<PathBuf>,
+    /// Leave the container running
+    #[arg(long)]
+    pub(crate) leave_running: bool,
+    /// Leave out TCP connections that are just being made
+    #[arg(long)]
+    pub(crate) tcp_skip_in_flight: bool,
+    /// Link unlinked files back where possible
+    #[arg(long)]
+    pub(crate) link_remap: bool,
+    /// Descriptor that gets a NUL byte once lazy pages are served
+    #[arg(long, value_name = "FD", default_value_t = -1, allow_negative_numbers = true)]
+    pub(crate) status_fd: i32,
+    /// Page server that takes the memory
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) page_server: Option<String>,
+    /// Dump memory only, and leave the container running
+    #[arg(long)]
+    pub(crate) pre_dump: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// Name of the container
+    pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) criu: Criu,
+    /// Directory with config.json
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub(crate) bundle: PathBuf,
+    /// Socket that receives the master of the container's terminal
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) console_socket: Option<PathBuf>,
+    /// Do not wait for the container
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// File for the id of the first process
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+    /// Do not become the parent of processes the container leaves behind
+    #[arg(long)]
+    pub(crate) no_subreaper: bool,
+    /// Accepted for compatibility: CRIU changes the root in its own way
+    #[arg(long)]
+    pub(crate) no_pivot: bool,
+    /// Security profile to restore into
+    #[arg(long, value_name = "TYPE:NAME")]
+    pub(crate) lsm_profile: Option<String>,
+    /// SELinux context of restored mounts
+    #[arg(long, value_name = "CONTEXT")]
+    pub(crate) lsm_mount_context: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -339,6 +429,32 @@ pub(crate) struct Spec {
     /// For a container of an unprivileged user
     #[arg(long)]
     pub(crate) rootless: bool,
+}
+
+/// A number of bytes as go-units' RAMInBytes takes it, or -1.
+fn parse_size(text: &str) -> Result<i64, String> {
+    if text == "-1" {
+        return Ok(-1);
+    }
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let unit = unit.trim_start().to_ascii_lowercase();
+    let power = match unit.trim_end_matches('b').trim_end_matches('i') {
+        "" => 0,
+        "k" => 1,
+        "m" => 2,
+        "g" => 3,
+        "t" => 4,
+        "p" => 5,
+        _ => return Err("expected bytes or a number and one of K, M, G, T, P".into()),
+    };
+    if power == 0 {
+        return number.parse().map_err(|error: std::num::ParseIntError| error.to_string());
+    }
+    let number: f64 = number.parse().map_err(|_float| "expected a number".to_owned())?;
+    let bytes = number * 1024_f64.powi(power);
+    // Exactly representable up to 2^53 and saturating far above any memory.
+    if bytes.is_finite() { Ok(bytes as i64) } else { Err("expected a number".into()) }
 }
 
 /// The part of Go's duration syntax that has one unit.
@@ -411,11 +527,31 @@ mod tests {
             "pinion update --resources - c",
             "pinion update --cpu-quota -1 --memory-swap -1 c",
             "pinion run --detach --keep --no-subreaper --bundle /b c",
-            "pinion checkpoint --image-path /x --leave-running c",
+            "pinion checkpoint --image-path /x --work-path /w --parent-path ../p --tcp-established --ext-unix-sk --shell-job --page-server 1.2.3.4:5 --file-locks --manage-cgroups-mode soft --empty-ns network --lazy-pages --leave-running --pre-dump --status-fd 5 c",
+            "pinion restore --image-path /x --work-path /w --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode ignore --empty-ns network --detach --pid-file /p --console-socket /s --no-pivot --no-subreaper --bundle /b --lsm-profile apparmor:x --lsm-mount-context y c",
+            "pinion update --memory 32M --memory-swap=-1 --l3-cache-schema L3:0=f c",
+            "pinion exec --cgroup cpu,memory:/a --cgroup /b c true",
             "pinion list -q",
             "pinion --debug state c",
         ] {
             parse(line);
+        }
+    }
+
+    #[test]
+    fn sizes_are_those_of_go_units() {
+        for (text, bytes) in [
+            ("-1", -1),
+            ("0", 0),
+            ("42", 42),
+            ("32M", 32 << 20),
+            ("1.5KiB", 1536),
+            ("2gb", 2 << 30),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "M", "-2", "1x", "ten"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
         }
     }
 

@@ -97,8 +97,8 @@ fn run(context: &Context, verb: Verb) -> Result<i32, Error> {
         Verb::Events(events) => verbs::events::run(context, &events),
         Verb::Spec(spec) => verbs::spec::run(&spec),
         Verb::Features => verbs::features::run(),
-        Verb::Checkpoint(_) => Err(Error::Usage("not supported: checkpoint".into())),
-        Verb::Restore(_) => Err(Error::Usage("not supported: restore".into())),
+        Verb::Checkpoint(checkpoint) => verbs::checkpoint::run(context, &checkpoint),
+        Verb::Restore(restore) => verbs::checkpoint::run_restore(context, &restore),
     }
 }
 

@@ -11,8 +11,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capability, Hooks, Linux, LinuxCapabilities, LinuxIOPriority, LinuxSeccomp, Mount, PosixRlimit,
-    Root, Scheduler, User,
+    Capability, Hooks, Linux, LinuxCapabilities, LinuxIOPriority, LinuxMemoryPolicy,
+    LinuxPersonality, LinuxSchedulerPolicy, LinuxSeccomp, Mount, PosixRlimit, Root, User,
 };
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -66,8 +66,8 @@ pub struct Spec {
     pub annotations: Option<HashMap<String, String>>,
     /// The Linux part.
     pub linux: Option<Linux>,
-    /// The part for virtual machines; only its presence matters.
-    pub vm: Option<serde::de::IgnoredAny>,
+    /// The part for virtual machines.
+    pub vm: Option<crate::vm::Vm>,
 }
 
 /// `process` of `config.json`, and the file of `exec --process`.
@@ -108,6 +108,26 @@ pub struct Process {
     /// The CPUs it runs on while and after it enters a container (`exec` only).
     #[serde(rename = "execCPUAffinity")]
     pub exec_cpu_affinity: Option<CpuAffinity>,
+}
+
+/// `process.scheduler`. oci-spec's type has other names for two of the flags than the
+/// specification.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Scheduler {
+    /// `SCHED_*`.
+    pub policy: LinuxSchedulerPolicy,
+    /// For `SCHED_OTHER` and `SCHED_BATCH`.
+    pub nice: Option<i32>,
+    /// For `SCHED_FIFO` and `SCHED_RR`.
+    pub priority: Option<i32>,
+    /// `SCHED_FLAG_*`.
+    pub flags: Option<Vec<String>>,
+    /// For `SCHED_DEADLINE`, nanoseconds.
+    pub runtime: Option<u64>,
+    /// For `SCHED_DEADLINE`, nanoseconds.
+    pub deadline: Option<u64>,
+    /// For `SCHED_DEADLINE`, nanoseconds.
+    pub period: Option<u64>,
 }
 
 /// `process.execCPUAffinity`.
@@ -158,10 +178,15 @@ pub struct ExecView {
 }
 
 /// See [`ExecView`].
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ExecLinuxView {
     /// The filter every process of the container runs under.
     pub seccomp: Option<LinuxSeccomp>,
+    /// The execution domain of every process.
+    pub personality: Option<LinuxPersonality>,
+    /// The NUMA policy of every process.
+    pub memory_policy: Option<LinuxMemoryPolicy>,
 }
 
 /// Reads what `exec` needs of a saved `config.json`.

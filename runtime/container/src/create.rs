@@ -7,8 +7,8 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::LinuxNamespaceType;
-use pinion_cgroup::{Cgroup, Driver, Hierarchies};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources};
+use pinion_cgroup::{Cgroup, CgroupPaths, Driver, Hierarchies};
 use pinion_sys::clone::Child;
 
 use crate::child::{Init, run_init};
@@ -16,12 +16,14 @@ use crate::config::Spec;
 use crate::error::{Doing, Error, Failure, Result};
 use crate::launch::{self, Birth, Opened};
 use crate::mounts::MountKind;
-use crate::namespaces::{Mappings, Namespaces, bit};
+use crate::namespaces::{Mappings, Namespaces};
+use crate::net_devices::Transfer;
 use crate::plan::{Facts, Plan};
 use crate::protocol::{Channel, Message};
+use crate::rdt::{self, RdtPlan};
 use crate::state::{Lock, Process, Record, StateDir};
 use crate::status::Status;
-use crate::{capability, config, delete, hooks, isolation, paths};
+use crate::{config, delete, hooks, isolation, paths};
 
 /// What `create` and `run` are told.
 #[derive(Debug)]
@@ -66,35 +68,17 @@ pub fn create(options: CreateOptions<'_>) -> Result<Created> {
         .doing(|| format!("resolve {}", options.bundle.display()))?;
     let (parsed, bytes) = config::load_spec(&bundle.join("config.json"))?;
     let spec = parsed.value;
-    let process = spec.process.as_ref();
-    let asked = capability::asked(process.and_then(|process| process.capabilities.as_ref()));
-    let facts = Facts {
-        capabilities: capability::available(asked)?,
-        privileged: rustix::process::geteuid().is_root(),
-    };
-    let mut plan = Plan::new(&spec, &bundle, facts)?;
+    let mut plan = Plan::new(&spec, &bundle, Facts::for_spec(&spec)?)?;
     check_host(&plan, &options)?;
     let directory = StateDir::of(options.root, options.id)?;
     let lock = directory.create()?;
-    let mut guard = Guard {
-        directory: &directory,
-        record: Record::new(options.id, &spec, &bundle, &plan.root.path),
-        child: None,
-        done: false,
-    };
-    guard.record.namespaces = plan.namespaces.create
-        | plan.namespaces.join.iter().fold(0, |bits, (kind, _)| bits | bit(*kind));
-    guard.record.has_poststart = !plan.hooks.poststart.is_empty();
-    guard.record.has_poststop = !plan.hooks.poststop.is_empty();
+    let record = Record::new(options.id, &spec, &bundle, &plan);
+    let mut guard = Guard::new(&directory, record);
     directory.save_config(&bytes)?;
     let mut warnings = parsed.warnings;
     warnings.append(&mut plan.warnings);
     bring_up(options, &spec, &plan, &mut guard, &lock)?;
-    guard.done = true;
-    match guard.child.take() {
-        Some(child) => Ok(Created { child, warnings }),
-        None => Err(Error::ChildVanished("being born")),
-    }
+    guard.finish(warnings)
 }
 
 fn bring_up(
@@ -105,7 +89,8 @@ fn bring_up(
     lock: &Lock,
 ) -> Result<()> {
     let hierarchies = Hierarchies::detect()?;
-    let mut cgroup = make_cgroup(&options, spec, plan, guard, &hierarchies)?;
+    let mut cgroup = make_cgroup((options.driver, options.id), spec, plan, guard, &hierarchies)?;
+    let rdt = make_rdt_groups(spec, options.id, guard)?;
     let opened = Opened::open(&plan.namespaces)?;
     let prepared = prepare_sources(plan)?;
     let listener = paths::listen(lock.directory().as_fd(), &guard.directory.start_socket())?;
@@ -137,6 +122,13 @@ fn bring_up(
     drop(init);
     let pid = child.pid;
     let child = &*guard.child.insert(child);
+    if let Some(groups) = &rdt {
+        groups.add(pid.as_raw_nonzero().get())?;
+    }
+    if !plan.net_devices.is_empty() {
+        let transfer = guard.devices.insert(Transfer::to(opened.network_of(pid)?)?);
+        plan.net_devices.iter().try_for_each(|device| transfer.give(device))?;
+    }
     if let Some(mappings) = &plan.namespaces.mappings {
         launch::map_ids(pid, mappings, plan.process.oom_score_adj)?;
         channel.proceed(&[]).doing(|| "let the process go on".into())?;
@@ -162,28 +154,70 @@ fn bring_up(
     }
 }
 
-fn make_cgroup(
-    options: &CreateOptions<'_>,
+/// The container's cgroup with its limits, and the isolation it asks for.
+pub(crate) fn make_cgroup(
+    (driver, id): (Driver, &str),
     spec: &Spec,
     plan: &Plan,
     guard: &mut Guard<'_>,
     hierarchies: &Hierarchies,
 ) -> Result<Cgroup> {
-    let paths =
-        Cgroup::plan(hierarchies, options.driver, plan.cgroups_path.as_deref(), options.id)?;
+    let paths = Cgroup::plan(hierarchies, driver, plan.cgroups_path.as_deref(), id)?;
     guard.record.cgroup = Some(paths.clone());
     guard.directory.save(&guard.record)?;
-    let cgroup = Cgroup::create(hierarchies, &paths).inspect_err(|_| {
-        // Refused or undone by the layer below: a cgroup in that place is not ours.
-        guard.record.cgroup = None;
-    })?;
-    cgroup.apply(&plan.resources)?;
+    let cgroup = match Cgroup::create(hierarchies, &paths) {
+        Err(error) if can_do_without(plan, &error) => {
+            let why = crate::error::chain(&error);
+            guard.warnings.push(format!("no cgroup for the container of a plain user: {why}"));
+            Cgroup::open(CgroupPaths { unified: None, v1: Default::default(), unit: None, ..paths })
+        }
+        other => other.inspect_err(|_| {
+            // Refused or undone by the layer below: a cgroup in that place is not ours.
+            guard.record.cgroup = None;
+        })?,
+    };
+    guard.record.cgroup = Some(cgroup.paths().clone());
+    if plan.privileged {
+        cgroup.apply(&plan.resources)?;
+    } else {
+        // Device rules take more rights, and a user namespace has no devices of its own.
+        let mut resources = plan.resources.clone();
+        cgroup.update(resources.set_devices(None))?;
+    }
     let annotations = spec.annotations.clone().unwrap_or_default();
     if let Some(request) = isolation::request(&annotations)? {
         let (record, directory) = (&mut guard.record, guard.directory);
         isolation::enforce(&request, &plan.resources, hierarchies, record, directory)?;
     }
     Ok(cgroup)
+}
+
+/// runc's rule for an unprivileged runtime: without a path and without limits in the
+/// configuration, a cgroup that may not be made is not missed.
+fn can_do_without(plan: &Plan, error: &pinion_cgroup::Error) -> bool {
+    let mut asked = plan.resources.clone();
+    asked.set_devices(None);
+    !plan.privileged
+        && plan.cgroups_path.is_none()
+        && asked == LinuxResources::default()
+        && error.kind() == pinion_cgroup::ErrorKind::Permission
+}
+
+/// The container's class and monitoring group in resctrl, journalled before they are made.
+pub(crate) fn make_rdt_groups(
+    spec: &Spec,
+    id: &str,
+    guard: &mut Guard<'_>,
+) -> Result<Option<rdt::RdtRecord>> {
+    let asked = spec.linux.as_ref().and_then(|linux| linux.intel_rdt().as_ref());
+    let Some(asked) = asked else { return Ok(None) };
+    let plan = RdtPlan::plan(asked, id)?;
+    let root = rdt::mount_point()?;
+    let groups = plan.record(&root);
+    guard.record.rdt = Some(groups.clone());
+    guard.directory.save(&guard.record)?;
+    plan.apply(&root, &groups)?;
+    Ok(Some(groups))
 }
 
 fn run_runtime_hooks(plan: &Plan, record: &Record, channel: &Channel) -> Result<()> {
@@ -196,12 +230,7 @@ fn run_runtime_hooks(plan: &Plan, record: &Record, channel: &Channel) -> Result<
 
 /// What the pure plan cannot know.
 fn check_host(plan: &Plan, options: &CreateOptions<'_>) -> Result<()> {
-    if !plan.root.path.is_dir() {
-        return Err(Error::Invalid(format!(
-            "invalid rootfs: {} is not a directory",
-            plan.root.path.display()
-        )));
-    }
+    check_rootfs(plan)?;
     if plan.process.terminal && options.console.is_none() {
         return Err(Error::Invalid(
             "cannot allocate tty if runc will detach without setting console socket".into(),
@@ -213,8 +242,17 @@ fn check_host(plan: &Plan, options: &CreateOptions<'_>) -> Result<()> {
         ));
     }
     check_labels(&plan.process)?;
+    check_mount_label(plan.mount_label.as_deref())?;
     check_host_network(plan)?;
     check_descriptors(options.preserve_fds)
+}
+
+pub(crate) fn check_rootfs(plan: &Plan) -> Result<()> {
+    let path = &plan.root.path;
+    if path.is_dir() {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("invalid rootfs: {} is not a directory", path.display())))
 }
 
 pub(crate) fn check_labels(process: &crate::process::ProcessPlan) -> Result<()> {
@@ -225,13 +263,25 @@ pub(crate) fn check_labels(process: &crate::process::ProcessPlan) -> Result<()> 
             "apparmor profile specified, but AppArmor is not enabled".into(),
         ));
     }
-    if process.selinux.is_some() && !Path::new("/sys/fs/selinux/enforce").exists() {
-        return Err(Error::Unsupported(
-            "selinux label is specified in config, but selinux is disabled or not supported".into(),
-        ));
+    if process.selinux.is_some() && !selinux_enabled() {
+        return Err(Error::Unsupported(SELINUX_MISSING.into()));
     }
     Ok(())
 }
+
+fn check_mount_label(label: Option<&str>) -> Result<()> {
+    if label.is_some() && !selinux_enabled() {
+        return Err(Error::Unsupported(SELINUX_MISSING.into()));
+    }
+    Ok(())
+}
+
+fn selinux_enabled() -> bool {
+    Path::new("/sys/fs/selinux/enforce").exists()
+}
+
+const SELINUX_MISSING: &str =
+    "selinux label is specified in config, but selinux is disabled or not supported";
 
 /// A joined network namespace that is the host's would let sysctls change the host.
 fn check_host_network(plan: &Plan) -> Result<()> {
@@ -278,10 +328,13 @@ fn prepare_sources(plan: &Plan) -> Result<Vec<Option<OwnedFd>>> {
             };
             let opened = crate::rootfs::open_source(source).map_err(what)?;
             let recursive = mount.options.bind.unwrap_or(true);
-            let tree = crate::rootfs::copy_of(opened.as_fd(), recursive)
-                .doing(|| "open_tree".into())
-                .map_err(what)?;
-            if mount.options.idmap.is_some() || mount.mappings.is_some() {
+            let mapped = mount.options.idmap.is_some() || mount.mappings.is_some();
+            let tree = match crate::rootfs::copy_of(opened.as_fd(), recursive) {
+                // A plain user, who can open inside whatever can be opened here.
+                Err(rustix::io::Errno::PERM) if !plan.privileged && !mapped => return Ok(None),
+                other => other.doing(|| "open_tree".into()).map_err(what)?,
+            };
+            if mapped {
                 let mappings = mapping_of(mount.mappings.as_ref(), &plan.namespaces)?;
                 let recursive = mount.options.idmap == Some(true);
                 map_tree(&tree, mappings, recursive).map_err(what)?;
@@ -331,17 +384,42 @@ fn listen_env(count: u32) -> Vec<CString> {
 }
 
 /// Takes back an unfinished container when dropped.
-struct Guard<'a> {
-    directory: &'a StateDir,
-    record: Record,
-    child: Option<Child>,
+pub(crate) struct Guard<'a> {
+    pub(crate) directory: &'a StateDir,
+    pub(crate) record: Record,
+    pub(crate) child: Option<Child>,
+    pub(crate) devices: Option<Transfer>,
+    /// For the log.
+    warnings: Vec<String>,
     done: bool,
+}
+
+impl<'a> Guard<'a> {
+    pub(crate) fn new(directory: &'a StateDir, record: Record) -> Self {
+        Self { directory, record, child: None, devices: None, warnings: Vec::new(), done: false }
+    }
+
+    /// The container is there to stay.
+    pub(crate) fn finish(mut self, mut warnings: Vec<String>) -> Result<Created> {
+        warnings.append(&mut self.warnings);
+        match self.child.take() {
+            Some(child) => {
+                self.done = true;
+                Ok(Created { child, warnings })
+            }
+            None => Err(Error::ChildVanished("being born")),
+        }
+    }
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if self.done {
             return;
+        }
+        // While the container's network namespace still has a process to hold it.
+        if let Some(Err(failures)) = self.devices.take().map(Transfer::take_back) {
+            failures.iter().for_each(|failure| eprintln!("warning: {failure}"));
         }
         if let Some(child) = &self.child {
             let _ = child.kill();

@@ -105,6 +105,12 @@ pub(crate) fn tear_down(directory: &StateDir, record: &mut Record) -> Result<()>
             Err(error) => failures.push(chain(&error)),
         }
     }
+    if let Some(groups) = &record.rdt {
+        match groups.remove() {
+            Ok(()) => record.rdt = None,
+            Err(failure) => failures.push(chain(&failure)),
+        }
+    }
     if !failures.is_empty() {
         let _ = directory.save(record);
         return Err(Error::Cleanup(failures));

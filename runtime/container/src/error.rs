@@ -77,6 +77,9 @@ pub enum Error {
         _ => "cannot exec in a stopped container",
     })]
     CannotExec(Status),
+    /// `checkpoint` needs a program that runs.
+    #[error("Container cannot be checkpointed in {0} state")]
+    CannotCheckpoint(Status),
     /// `delete` without `--force`.
     #[error("cannot delete container {id} that is not stopped: {status}")]
     NotStopped {

@@ -12,12 +12,13 @@ use rustix::thread::CapabilitySet;
 use crate::child::{Join, Tenant, run_tenant};
 use crate::error::{Doing, Error, Result};
 use crate::launch::Host;
+use crate::memory_policy::MemoryPolicy;
 use crate::namespaces::bit;
 use crate::process::ProcessPlan;
 use crate::protocol::Channel;
 use crate::state::{Record, StateDir};
 use crate::status::Status;
-use crate::{capability, config, create, listener, paths};
+use crate::{capability, config, create, listener, paths, personality};
 
 /// What `exec` is told.
 #[derive(Debug)]
@@ -32,8 +33,8 @@ pub struct ExecOptions<'a> {
     pub console: Option<OwnedFd>,
     /// Where a descriptor of the process goes.
     pub pidfd_socket: Option<&'a Path>,
-    /// A cgroup below the container's.
-    pub cgroup: Option<&'a str>,
+    /// Cgroups below the container's: a path, or `CONTROLLERS:PATH` for those of v1.
+    pub cgroups: &'a [String],
     /// Do it even though the process will not run until `resume`.
     pub ignore_paused: bool,
     /// Keep the caller's session keyring.
@@ -92,11 +93,35 @@ pub fn exec(
     create::check_descriptors(options.preserve_fds)?;
     let seccomp = view.linux.as_ref().and_then(|linux| linux.seccomp.as_ref());
     let filter = seccomp.map(pinion_seccomp::compile).transpose()?;
-    let cgroup = open_cgroup(&record, options.cgroup)?;
-    let place = Place { record: &record, container: &container, cgroup: &cgroup };
+    let cgroup = open_cgroup(&record, options.cgroups)?;
+    let linux = view.linux.as_ref();
+    let place = Place {
+        record: &record,
+        container: &container,
+        cgroup: &cgroup,
+        personality: linux
+            .and_then(|linux| linux.personality.as_ref())
+            .map(personality::plan)
+            .transpose()?,
+        memory_policy: linux
+            .and_then(|linux| linux.memory_policy.as_ref())
+            .map(MemoryPolicy::plan)
+            .transpose()?,
+    };
+    if let Some(mask) = &plan.affinity.0 {
+        // Inherited by the process, which may be born in the cgroup already.
+        pinion_sys::process::set_affinity(mask).doing(|| "set the initial CPU affinity".into())?;
+    }
     let (child, channel) = place.launch(&plan, filter.as_ref(), options)?;
     let running = record.oci_state(Status::Running).to_json()?;
-    let outcome = listener::until_exec(&channel, &child.pidfd, &directory.config(), &running)
+    let pid = child.pid.as_raw_nonzero().get();
+    let classed = record.rdt.as_ref().map(|groups| groups.add(pid));
+    let outcome = classed
+        .unwrap_or(Ok(()))
+        .map_err(Error::from)
+        .and_then(|()| {
+            listener::until_exec(&channel, (pid, &child.pidfd), &directory.config(), &running)
+        })
         .and_then(|()| report(&child, options));
     drop(lock);
     match outcome {
@@ -121,12 +146,25 @@ fn report(child: &Child, options: &ExecOptions<'_>) -> Result<()> {
     }
 }
 
-fn open_cgroup(record: &Record, below: Option<&str>) -> Result<Cgroup> {
-    let paths = record.cgroup.clone().ok_or(Error::NotRunning)?;
-    match below.filter(|name| !name.is_empty() && *name != "/") {
-        None => Ok(Cgroup::open(paths)),
-        Some(name) => Ok(Cgroup::open(paths.child(name.trim_start_matches('/'))?)),
+/// The container's cgroup, or the ones asked for below it.
+fn open_cgroup(record: &Record, below: &[String]) -> Result<Cgroup> {
+    let mut paths = record.cgroup.clone().ok_or(Error::NotRunning)?;
+    for asked in below {
+        let bad = |why: &str| Error::Invalid(format!("--cgroup {asked:?}: {why}"));
+        match asked.split_once(':') {
+            Some((controllers, path)) => {
+                let child = paths.child(path.trim_start_matches('/'))?;
+                for controller in controllers.split(',') {
+                    let place = child.v1.get(controller);
+                    let place = place.ok_or_else(|| bad("the container has no such controller"))?;
+                    paths.v1.insert(controller.to_owned(), place.clone());
+                }
+            }
+            None if asked.is_empty() || asked == "/" => {}
+            None => paths = paths.child(asked.trim_start_matches('/'))?,
+        }
     }
+    Ok(Cgroup::open(paths))
 }
 
 /// Where the new process goes.
@@ -134,6 +172,8 @@ struct Place<'a> {
     record: &'a Record,
     container: &'a OwnedFd,
     cgroup: &'a Cgroup,
+    personality: Option<u64>,
+    memory_policy: Option<MemoryPolicy>,
 }
 
 impl Place<'_> {
@@ -149,6 +189,8 @@ impl Place<'_> {
             process: plan,
             id: options.id,
             filter,
+            personality: self.personality,
+            memory_policy: self.memory_policy.as_ref(),
             container: self.container.try_clone().doing(|| "dup".into())?,
             namespaces: self.record.namespaces & !pid_bit,
             cgroup: self.cgroup,

@@ -30,6 +30,8 @@ pub struct Opened {
     time: Option<OwnedFd>,
     /// Those the process joins itself, in order.
     pub others: Vec<OwnedFd>,
+    /// The position of the network namespace among them.
+    network: Option<usize>,
 }
 
 /// What a process is born with.
@@ -51,18 +53,42 @@ impl Opened {
     pub fn open(namespaces: &Namespaces) -> Result<Self> {
         let mut opened = Self::default();
         for (kind, path) in &namespaces.join {
-            let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                .doing(|| format!("open the namespace {}", path.display()))?;
+            let fd = open_namespace(path)?;
             check_kind(&fd, path)?;
             match kind {
                 LinuxNamespaceType::User => opened.user = Some(fd),
                 LinuxNamespaceType::Pid => opened.pid = Some(fd),
                 LinuxNamespaceType::Time => opened.time = Some(fd),
+                LinuxNamespaceType::Network => {
+                    opened.network = Some(opened.others.len());
+                    opened.others.push(fd);
+                }
                 _ => opened.others.push(fd),
             }
         }
         Ok(opened)
     }
+
+    /// The network namespace of a container: the one it joins, or that of its process `pid`,
+    /// which was born in a new one.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn network_of(&self, pid: Pid) -> Result<OwnedFd, Failure> {
+        match self.network.and_then(|index| self.others.get(index)) {
+            Some(fd) => fd.try_clone().doing(|| "dup".into()),
+            None => open_namespace(format!("/proc/{}/ns/net", pid.as_raw_nonzero()).as_ref()),
+        }
+    }
+}
+
+/// Opens the file of a namespace.
+///
+/// # Errors
+/// Names the path.
+pub(crate) fn open_namespace(path: &Path) -> Result<OwnedFd, Failure> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .doing(|| format!("open the namespace {}", path.display()))
 }
 
 /// setns(2) would take a pidfd too; only namespace files are meant.
@@ -211,10 +237,7 @@ struct Visit {
 
 impl Visit {
     fn leave(&mut self, name: &str) -> Result<(), Failure> {
-        let path = format!("/proc/self/ns/{name}");
-        let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .doing(|| format!("open {path}"))?;
-        self.home.push(fd);
+        self.home.push(open_namespace(format!("/proc/self/ns/{name}").as_ref())?);
         Ok(())
     }
 }
@@ -246,8 +269,9 @@ pub fn map_ids(pid: Pid, mappings: &Mappings, oom_score: Option<i32>) -> Result<
         other => other.doing(|| format!("write {lines:?} to /proc/{pid}/{name}")),
     };
     map("uid_map", "newuidmap", &mappings.uids)?;
-    if !rustix::process::geteuid().is_root() {
-        // Otherwise membership in a group that denies access could be given up.
+    if !rustix::process::geteuid().is_root() && mappings.maps_one_group() {
+        // Without newgidmap the kernel asks for this: membership in a group that denies
+        // access could be given up otherwise.
         write("setgroups", "deny").doing(|| "deny setgroups".into())?;
     }
     map("gid_map", "newgidmap", &mappings.gids)?;

@@ -12,6 +12,7 @@
 //! single-threaded: processes are made by copying this one.
 
 pub mod capability;
+pub mod checkpoint;
 pub mod child;
 pub mod config;
 pub mod create;
@@ -29,15 +30,19 @@ pub mod memory_policy;
 pub mod mount_options;
 pub mod mounts;
 pub mod namespaces;
+pub mod net_devices;
 pub mod paths;
+pub mod personality;
 pub mod plan;
 pub mod process;
 pub mod protocol;
+pub mod rdt;
 pub mod rootfs;
 pub mod start;
 pub mod state;
 pub mod status;
 pub mod sysctl;
 pub mod time;
+pub mod vm;
 
 pub use error::{Error, Result};

@@ -19,18 +19,23 @@ pub struct Agent {
     pub metadata: Option<String>,
 }
 
-/// Waits until the process behind `pidfd` has executed its program, which closes `channel`.
+/// Waits until the process `pid` has executed its program, which closes `channel`.
 /// `config` is read only if the process reports a listener.
 ///
 /// # Errors
 /// What the process reports; what the agent's socket answers.
-pub fn until_exec(channel: &Channel, pidfd: &OwnedFd, config: &Path, state: &[u8]) -> Result<()> {
+pub fn until_exec(
+    channel: &Channel,
+    (pid, pidfd): (i32, &OwnedFd),
+    config: &Path,
+    state: &[u8],
+) -> Result<()> {
     loop {
         match channel.hear()? {
             None => return Ok(()),
             Some(Message::Listener(number)) => {
                 let agent = agent_in(config)?;
-                hand_over(pidfd, number, &agent, state)?;
+                hand_over((pid, pidfd), number, &agent, state)?;
                 channel.proceed(&[]).doing(|| "let the process go on".into())?;
             }
             Some(other) => return Err(Error::Protocol(format!("{other:?} after the start"))),
@@ -48,7 +53,15 @@ fn agent_in(path: &Path) -> Result<Agent> {
 }
 
 /// runtime-spec, "The Container Process State", with the descriptor attached.
-fn hand_over(pidfd: &OwnedFd, number: i32, agent: &Agent, state: &[u8]) -> Result<()> {
+///
+/// Its `pid` is that of the process that loaded the filter, which for `exec` is not the
+/// container's first one.
+fn hand_over(
+    (pid, pidfd): (i32, &OwnedFd),
+    number: i32,
+    agent: &Agent,
+    state: &[u8],
+) -> Result<()> {
     let listener = rustix::process::pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())
         .doing(|| "take the seccomp listener out of the process".into())?;
     let state: serde_json::Value =
@@ -56,7 +69,7 @@ fn hand_over(pidfd: &OwnedFd, number: i32, agent: &Agent, state: &[u8]) -> Resul
     let mut document = serde_json::json!({
         "ociVersion": state["ociVersion"],
         "fds": ["seccompFd"],
-        "pid": state["pid"],
+        "pid": pid,
         "state": state,
     });
     if let Some(metadata) = &agent.metadata {

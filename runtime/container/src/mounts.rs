@@ -112,6 +112,18 @@ impl MountPlan {
         Ok(())
     }
 
+    /// Gives a new file system the SELinux context `label`; those of the kernel cannot have
+    /// one, and a bind mount has that of its files.
+    pub(crate) fn label(&mut self, label: &str) {
+        const UNLABELLED: [&str; 3] = ["proc", "sysfs", "mqueue"];
+        match &self.kind {
+            MountKind::FileSystem { name, .. } if !UNLABELLED.contains(&name.as_str()) => {
+                self.options.data.push(format!("context=\"{label}\""));
+            }
+            _ => {}
+        }
+    }
+
     /// True for file systems the kernel's own interfaces live in: their mountpoint must be
     /// an ordinary directory, never a symlink of the image.
     #[must_use]
@@ -157,6 +169,18 @@ mod tests {
                 .unwrap()
                 .needs_real_directory()
         );
+    }
+
+    #[test]
+    fn only_file_systems_of_the_containers_own_are_labelled() {
+        let labelled = |json: &str| {
+            let mut mount = plan(json).unwrap();
+            mount.label("u:r:t:s0:c1,c2");
+            mount.options.data.contains(&"context=\"u:r:t:s0:c1,c2\"".to_owned())
+        };
+        assert!(labelled(r#"{"destination":"/t","type":"tmpfs"}"#));
+        assert!(!labelled(r#"{"destination":"/proc","type":"proc"}"#));
+        assert!(!labelled(r#"{"destination":"/b","source":"/s","type":"bind"}"#));
     }
 
     #[test]

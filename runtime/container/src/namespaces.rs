@@ -127,6 +127,12 @@ impl Mappings {
     pub fn plan(uids: &[LinuxIdMapping], gids: &[LinuxIdMapping]) -> Result<Self> {
         Ok(Self { uids: render(uids, "uidMappings")?, gids: render(gids, "gidMappings")? })
     }
+
+    /// True for a map of a single group, the one kind a plain user can write.
+    #[must_use]
+    pub fn maps_one_group(&self) -> bool {
+        self.gids.lines().count() == 1 && self.gids.trim_end().ends_with(" 1")
+    }
 }
 
 fn render(mappings: &[LinuxIdMapping], field: &str) -> Result<String> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources};
+use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxResources};
 use pinion_seccomp::Program;
 use rustix::thread::CapabilitySet;
 
@@ -10,19 +10,42 @@ use crate::config::Spec;
 use crate::devices::{self, DeviceNode};
 use crate::error::{Error, Result};
 use crate::memory_policy::MemoryPolicy;
-use crate::mount_options;
 use crate::mounts::MountPlan;
 use crate::namespaces::Namespaces;
+use crate::net_devices::{self, NetDevice};
 use crate::process::ProcessPlan;
 use crate::sysctl::{self, Sysctl};
+use crate::{capability, mount_options, personality};
 
 /// What the plan depends on besides the configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts {
     /// The capabilities of the runtime that it can pass on.
     pub capabilities: CapabilitySet,
-    /// True when the runtime is root on the host.
+    /// True when the runtime is root on the host, and not in a user namespace only.
     pub privileged: bool,
+}
+
+impl Facts {
+    /// What this process is, and may as far as `spec` asks for it.
+    ///
+    /// # Errors
+    /// As capget(2).
+    pub fn for_spec(spec: &Spec) -> Result<Self> {
+        let process = spec.process.as_ref();
+        let asked = capability::asked(process.and_then(|process| process.capabilities.as_ref()));
+        Ok(Self {
+            capabilities: capability::available(asked)?,
+            privileged: rustix::process::geteuid().is_root() && maps_all_users(),
+        })
+    }
+}
+
+/// True in the first user namespace, and where all of its users are mapped.
+fn maps_all_users() -> bool {
+    // Without /proc nothing is known, and nothing is to be feared: more will fail.
+    std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// Everything `create` does.
@@ -52,6 +75,10 @@ pub struct Plan {
     pub personality: Option<u64>,
     /// NUMA policy of the first process.
     pub memory_policy: Option<MemoryPolicy>,
+    /// Network devices to move in.
+    pub net_devices: Vec<NetDevice>,
+    /// SELinux context of the container's own file systems, which `mounts` have already.
+    pub mount_label: Option<String>,
     /// Compiled system call filter.
     pub seccomp: Option<Program>,
     /// Resource limits and device rules.
@@ -60,6 +87,8 @@ pub struct Plan {
     pub cgroups_path: Option<String>,
     /// Hooks.
     pub hooks: HookPlan,
+    /// See [`Facts`].
+    pub privileged: bool,
     /// For the log.
     pub warnings: Vec<String>,
 }
@@ -99,7 +128,10 @@ impl Plan {
     /// [`Error::Invalid`] or [`Error::Unsupported`] naming the field.
     pub fn new(spec: &Spec, bundle: &Path, facts: Facts) -> Result<Self> {
         check_version(&spec.oci_version)?;
-        check_supported(spec)?;
+        if let Some(vm) = &spec.vm {
+            vm.check()?;
+            return Err(vm.refusal());
+        }
         let linux = spec.linux.clone().unwrap_or_default_absent();
         let namespaces = Namespaces::plan(&linux)?;
         if !namespaces.has(LinuxNamespaceType::Mount) {
@@ -112,12 +144,16 @@ impl Plan {
             facts.capabilities
         };
         let (process, warnings) = ProcessPlan::plan(process, available)?;
-        let mounts: Vec<_> = spec
+        let mount_label = text(linux.mount_label().as_ref());
+        let mut mounts: Vec<_> = spec
             .mounts
             .iter()
             .flatten()
             .map(|mount| MountPlan::plan(mount, bundle))
             .collect::<Result<_>>()?;
+        if let Some(label) = &mount_label {
+            mounts.iter_mut().for_each(|mount| mount.label(label));
+        }
         let devices = match devices::dev_is_foreign(&mounts) {
             true => None,
             false => Some(devices::nodes(linux.devices().as_deref().unwrap_or_default())?),
@@ -142,12 +178,23 @@ impl Plan {
             hostname: text(spec.hostname.as_ref()),
             domainname: text(spec.domainname.as_ref()),
             process,
-            personality: linux.personality().as_ref().map(personality).transpose()?,
+            personality: linux.personality().as_ref().map(personality::plan).transpose()?,
             memory_policy: linux.memory_policy().as_ref().map(MemoryPolicy::plan).transpose()?,
+            mount_label,
+            net_devices: net_devices::plan(
+                linux.net_devices().as_ref(),
+                &namespaces,
+                facts.privileged,
+            )?,
             seccomp: linux.seccomp().as_ref().map(pinion_seccomp::compile).transpose()?,
             resources: linux.resources().clone().unwrap_or_default(),
-            cgroups_path: linux.cgroups_path().as_ref().map(|p| p.to_string_lossy().into_owned()),
+            cgroups_path: linux
+                .cgroups_path()
+                .as_ref()
+                .map(|path| path.to_string_lossy().into_owned())
+                .filter(|path| !path.is_empty()),
             hooks: HookPlan::new(spec),
+            privileged: facts.privileged,
             warnings,
             namespaces,
         };
@@ -217,21 +264,6 @@ fn check_version(version: &str) -> Result<()> {
     }
 }
 
-fn check_supported(spec: &Spec) -> Result<()> {
-    let unsupported = |what: &str| Err(Error::Unsupported(what.to_owned()));
-    if spec.vm.is_some() {
-        return unsupported("the vm section");
-    }
-    let Some(linux) = &spec.linux else { return Ok(()) };
-    if linux.intel_rdt().is_some() {
-        return unsupported("linux.intelRdt");
-    }
-    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
-        return unsupported("linux.netDevices");
-    }
-    Ok(())
-}
-
 fn root(spec: &Spec, linux: &oci_spec::runtime::Linux, bundle: &Path) -> Result<RootPlan> {
     let root = spec.root.as_ref().ok_or_else(|| invalid("root is missing"))?;
     if root.path().as_os_str().is_empty() {
@@ -245,16 +277,6 @@ fn root(spec: &Spec, linux: &oci_spec::runtime::Linux, bundle: &Path) -> Result<
     };
     let read_only = root.readonly().unwrap_or(false);
     Ok(RootPlan { path: bundle.join(root.path()), read_only, propagation })
-}
-
-fn personality(asked: &oci_spec::runtime::LinuxPersonality) -> Result<u64> {
-    if asked.flags().as_ref().is_some_and(|flags| !flags.is_empty()) {
-        return Err(Error::Unsupported("linux.personality.flags".into()));
-    }
-    Ok(match asked.domain() {
-        LinuxPersonalityDomain::PerLinux => 0,
-        LinuxPersonalityDomain::PerLinux32 => 8,
-    })
 }
 
 fn text(text: Option<&String>) -> Option<String> {

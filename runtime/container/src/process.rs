@@ -3,14 +3,14 @@
 use std::ffi::CString;
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, Scheduler};
+use oci_spec::runtime::{IOPriorityClass, LinuxSchedulerPolicy};
 use pinion_sys::process::SchedulerAttributes;
 use pinion_topology::CpuSet;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 
 use crate::capability::CapabilitySets;
-use crate::config::Process;
+use crate::config::{Process, Scheduler};
 use crate::error::{Error, Result};
 
 /// What a process shall be.
@@ -203,8 +203,19 @@ fn io_priority(process: &Process) -> Result<Option<(u16, u16)>> {
     }
 }
 
+/// sched_setattr(2).
+const SCHEDULER_FLAGS: [(&str, u64); 7] = [
+    ("SCHED_FLAG_RESET_ON_FORK", 0x01),
+    ("SCHED_FLAG_RECLAIM", 0x02),
+    ("SCHED_FLAG_DL_OVERRUN", 0x04),
+    ("SCHED_FLAG_KEEP_POLICY", 0x08),
+    ("SCHED_FLAG_KEEP_PARAMS", 0x10),
+    ("SCHED_FLAG_UTIL_CLAMP_MIN", 0x20),
+    ("SCHED_FLAG_UTIL_CLAMP_MAX", 0x40),
+];
+
 fn scheduler(asked: &Scheduler) -> Result<SchedulerAttributes> {
-    let policy = match asked.policy() {
+    let policy = match asked.policy {
         LinuxSchedulerPolicy::SchedOther => libc::SCHED_OTHER,
         LinuxSchedulerPolicy::SchedFifo => libc::SCHED_FIFO,
         LinuxSchedulerPolicy::SchedRr => libc::SCHED_RR,
@@ -214,34 +225,28 @@ fn scheduler(asked: &Scheduler) -> Result<SchedulerAttributes> {
         LinuxSchedulerPolicy::SchedDeadline => libc::SCHED_DEADLINE,
     };
     let real_time = policy == libc::SCHED_FIFO || policy == libc::SCHED_RR;
-    let priority = asked.priority().unwrap_or(0);
+    let priority = asked.priority.unwrap_or(0);
     if priority != 0 && !real_time {
         return Err(invalid(
             "scheduler.priority can only be specified for SchedFIFO or SchedRR policy",
         ));
     }
-    let nice = asked.nice().unwrap_or(0);
+    let nice = asked.nice.unwrap_or(0);
     if !(-20..=19).contains(&nice) {
         return Err(invalid(format!("invalid scheduler.nice: {nice}")));
     }
-    let deadline = [asked.runtime(), asked.deadline(), asked.period()];
+    let deadline = [asked.runtime, asked.deadline, asked.period];
     if policy != libc::SCHED_DEADLINE && deadline.iter().any(|n| n.is_some_and(|n| n != 0)) {
         return Err(invalid(
             "scheduler runtime/deadline/period can only be specified for SchedDeadline policy",
         ));
     }
-    let flags = asked.flags().iter().flatten().fold(0, |flags, flag| {
-        flags
-            | match flag {
-                LinuxSchedulerFlag::SchedResetOnFork => 0x01,
-                LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
-                LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
-                LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
-                LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
-                LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
-                LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
-            }
-    });
+    let flags = asked.flags.iter().flatten().try_fold(0, |flags, name| {
+        match SCHEDULER_FLAGS.iter().find(|(known, _)| known == name) {
+            Some((_, bit)) => Ok(flags | bit),
+            None => Err(invalid(format!("invalid scheduler.flags: {name:?}"))),
+        }
+    })?;
     Ok(SchedulerAttributes {
         policy: policy as u32,
         flags,
@@ -317,9 +322,19 @@ mod tests {
             r#","rlimits":[{"type":"RLIMIT_CPU","soft":1,"hard":1},{"type":"RLIMIT_CPU","soft":1,"hard":1}]"#,
             r#","scheduler":{"policy":"SCHED_OTHER","priority":5}"#,
             r#","scheduler":{"policy":"SCHED_OTHER","nice":20}"#,
+            r#","scheduler":{"policy":"SCHED_OTHER","flags":["SCHED_FLAG_NONE"]}"#,
         ] {
             assert!(matches!(plan(extra), Err(Error::Invalid(_))), "{extra}");
         }
+    }
+
+    #[test]
+    fn scheduler_flags_have_the_names_of_the_specification() {
+        let json = r#","scheduler":{"policy":"SCHED_DEADLINE","runtime":1,"deadline":2,"period":3,
+            "flags":["SCHED_FLAG_RESET_ON_FORK","SCHED_FLAG_DL_OVERRUN"]}"#;
+        let scheduler = plan(json).unwrap().scheduler.unwrap();
+        assert_eq!((scheduler.policy, scheduler.flags), (6, 0x05));
+        assert_eq!((scheduler.runtime, scheduler.deadline, scheduler.period), (1, 2, 3));
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub fn start_locked(directory: &StateDir, record: &Record, _lock: &Lock) -> Resu
     if status != Status::Created {
         return Err(Error::CannotStart(status));
     }
-    let init = record.init.and_then(|init| init.open().transpose());
-    let pidfd = init.ok_or(Error::NotRunning)?.doing(|| "pidfd_open".into())?;
+    let init = record.init.ok_or(Error::NotRunning)?;
+    let pidfd = init.open().doing(|| "pidfd_open".into())?.ok_or(Error::NotRunning)?;
     let socket = match paths::connect_packets(&directory.start_socket()) {
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
             return Err(Error::CannotStart(Status::Stopped));
@@ -42,7 +42,7 @@ pub fn start_locked(directory: &StateDir, record: &Record, _lock: &Lock) -> Resu
     let state = record.oci_state(Status::Created).to_json()?;
     channel.proceed(&state).doing(|| "start the waiting process".into())?;
     let running = record.oci_state(Status::Running).to_json()?;
-    listener::until_exec(&channel, &pidfd, &directory.config(), &running)?;
+    listener::until_exec(&channel, (init.pid, &pidfd), &directory.config(), &running)?;
     poststart(directory, record, &running)
 }
 

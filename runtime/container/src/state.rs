@@ -23,6 +23,9 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Doing, Error, Failure, Result};
+use crate::namespaces::bit;
+use crate::plan::Plan;
+use crate::rdt::RdtRecord;
 use crate::status::Status;
 
 /// The version of [`Record`]'s format.
@@ -59,6 +62,9 @@ pub struct Record {
     /// What was changed on the node for its isolation; each entry precedes its change.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub isolation: Vec<UndoStep>,
+    /// Its resctrl groups; written before they are made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdt: Option<RdtRecord>,
     /// True when `start` has hooks to run afterwards.
     #[serde(default)]
     pub has_poststart: bool,
@@ -308,22 +314,24 @@ impl Lock {
 impl Record {
     /// A record for a container about to be made.
     #[must_use]
-    pub fn new(id: &str, spec: &crate::config::Spec, bundle: &Path, rootfs: &Path) -> Self {
+    pub fn new(id: &str, spec: &crate::config::Spec, bundle: &Path, plan: &Plan) -> Self {
+        let joined = plan.namespaces.join.iter();
         Self {
             format: FORMAT,
             oci_version: spec.oci_version.clone(),
             id: id.to_owned(),
             bundle: bundle.to_owned(),
-            rootfs: rootfs.to_owned(),
+            rootfs: plan.root.path.clone(),
             created: crate::time::now_rfc3339(),
             owner: rustix::process::getuid().as_raw(),
             annotations: spec.annotations.clone().unwrap_or_default(),
             init: None,
             cgroup: None,
-            namespaces: 0,
+            namespaces: joined.fold(plan.namespaces.create, |bits, (kind, _)| bits | bit(*kind)),
             isolation: Vec::new(),
-            has_poststart: false,
-            has_poststop: false,
+            rdt: None,
+            has_poststart: !plan.hooks.poststart.is_empty(),
+            has_poststop: !plan.hooks.poststop.is_empty(),
         }
     }
 

@@ -56,7 +56,7 @@ fn begin(
         pid_file: args.pid_file.as_deref(),
         console,
         pidfd_socket: args.pidfd_socket.as_deref(),
-        cgroup: args.cgroup.as_deref(),
+        cgroups: &args.cgroup,
         ignore_paused: args.ignore_paused,
         no_new_keyring: args.no_new_keyring,
         preserve_fds: args.preserve_fds,

@@ -1,5 +1,6 @@
 //! One file per verb: from flags to the library's call to output.
 
+pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod delete;
 pub(crate) mod events;

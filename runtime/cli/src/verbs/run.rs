@@ -11,31 +11,31 @@ use crate::args::Run;
 use crate::{Context, Error};
 
 pub(crate) fn run(context: &Context, args: &Run) -> Result<i32, Error> {
+    let id = &args.create.id;
     if let Some(path) = &args.create.console_socket {
         let console = paths::connect(path).map_err(ContainerError::from)?;
         let created = begin(context, args, Some(console))?;
-        return if args.detach { Ok(0) } else { attend(context, args, &created, None) };
+        return match args.detach {
+            true => Ok(0),
+            false => attend(context, id, args.keep, &created, None),
+        };
     }
     if args.detach {
         begin(context, args, None)?;
         return Ok(0);
     }
     if !args.no_subreaper {
-        let this = rustix::process::getpid();
-        rustix::process::set_child_subreaper(Some(this)).map_err(|errno| Error::Io {
-            what: "become a subreaper".into(),
-            source: errno.into(),
-        })?;
+        become_subreaper()?;
     }
     let signals = Signals::collect()?;
     if !wants_terminal(args)? {
         let created = begin(context, args, None)?;
-        return attend(context, args, &created, Some((signals, None)));
+        return attend(context, id, args.keep, &created, Some((signals, None)));
     }
     let (ours, theirs) = foreground::console_pair()?;
     let created = begin(context, args, Some(theirs))?;
     let master = foreground::receive_console(&ours)?;
-    attend(context, args, &created, Some((signals, Some(master))))
+    attend(context, id, args.keep, &created, Some((signals, Some(master))))
 }
 
 fn wants_terminal(args: &Run) -> Result<bool, Error> {
@@ -65,9 +65,18 @@ fn begin(
     }
 }
 
-fn attend(
+/// Inherits the processes the container leaves behind, to reap them.
+pub(crate) fn become_subreaper() -> Result<(), Error> {
+    let this = rustix::process::getpid();
+    rustix::process::set_child_subreaper(Some(this))
+        .map_err(|errno| Error::Io { what: "become a subreaper".into(), source: errno.into() })
+}
+
+/// Waits for the container's end and, unless it is to be kept, deletes it.
+pub(crate) fn attend(
     context: &Context,
-    args: &Run,
+    id: &str,
+    keep: bool,
     created: &Created,
     watch: Option<(Signals, Option<std::os::fd::OwnedFd>)>,
 ) -> Result<i32, Error> {
@@ -78,8 +87,8 @@ fn attend(
             .wait()
             .map_err(|source| Error::Io { what: "wait for the container".into(), source })?,
     };
-    if !args.keep {
-        warn_all(context, &delete(&context.root, &args.create.id, true)?);
+    if !keep {
+        warn_all(context, &delete(&context.root, id, true)?);
     }
     Ok(exit.shell_code())
 }

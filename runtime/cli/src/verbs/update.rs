@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
+use pinion_cgroup::Cgroup;
 use pinion_container::Error as ContainerError;
 use pinion_container::state::StateDir;
 use pinion_container::status::Status;
@@ -12,9 +13,6 @@ use crate::args::Update;
 use crate::{Context, Error};
 
 pub(crate) fn run(context: &Context, args: &Update) -> Result<i32, Error> {
-    if args.l3_cache_schema.is_some() || args.mem_bw_schema.is_some() {
-        return Err(Error::Usage("not supported: Intel RDT".into()));
-    }
     let resources = match &args.resources {
         Some(path) => from_file(path)?,
         None => from_flags(args),
@@ -24,6 +22,12 @@ pub(crate) fn run(context: &Context, args: &Update) -> Result<i32, Error> {
     let mut record = directory.load()?;
     if directory.status(&record) == Status::Stopped {
         return Err(ContainerError::NotRunning.into());
+    }
+    let (l3, memory) = (args.l3_cache_schema.as_deref(), args.mem_bw_schema.as_deref());
+    if l3.is_some() || memory.is_some() {
+        let paths = record.cgroup.clone().ok_or(ContainerError::NotRunning)?;
+        let pids = Cgroup::open(paths).pids(true)?;
+        pinion_container::rdt::update((l3, memory), &mut record, &directory, &pids)?;
     }
     pinion_container::isolation::update(&resources, &mut record, &directory)?;
     Ok(0)

@@ -28,6 +28,31 @@ pub(crate) fn is_pinion() -> bool {
     own
 }
 
+/// True when the runtime under test is this project's or a runc of at least `1.minor`;
+/// otherwise says why the test is moot.
+pub(crate) fn is_runc_since(minor: u32) -> bool {
+    let version = output(Command::new(runtime()).arg("--version"));
+    let text = String::from_utf8_lossy(&version.stdout).into_owned();
+    let number = text.lines().next().and_then(|line| line.split_once("runc version 1."));
+    let older = number.is_some_and(|(_, rest)| {
+        rest.split('.').next().and_then(|n| n.parse().ok()).is_none_or(|has: u32| has < minor)
+    });
+    if older {
+        println!("not possible here: runc before 1.{minor} does not do this");
+    }
+    !older
+}
+
+/// True when a program is installed; otherwise says why the test is moot.
+pub(crate) fn has_program(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has = std::env::split_paths(&path).any(|directory| directory.join(name).exists());
+    if !has {
+        println!("not possible here: {name} is not installed");
+    }
+    has
+}
+
 /// True when the host's cgroups have this controller; otherwise says why the test is moot.
 pub(crate) fn has_controller(name: &str) -> bool {
     let v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
@@ -241,7 +266,8 @@ fn make_rootfs(rootfs: &Path) {
     for applet in [
         "sh", "cat", "ls", "id", "echo", "sleep", "true", "false", "env", "pwd", "readlink",
         "stat", "touch", "mkdir", "hostname", "grep", "head", "wc", "test", "dd", "umask", "mount",
-        "ps", "tty", "kill", "nice", "mknod", "stty", "dirname", "sort", "tr", "cut", "rm", "date",
+        "ps", "ip", "uname", "tty", "kill", "nice", "mknod", "stty", "dirname", "sort", "tr",
+        "cut", "rm", "date",
     ] {
         symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }

@@ -164,23 +164,61 @@ fn names_that_are_paths_are_refused() {
 }
 
 #[test]
-fn what_is_not_built_is_refused_by_name() {
+fn a_container_with_a_kernel_of_its_own_never_runs_on_the_hosts() {
     if !is_pinion() {
         return;
     }
-    for (field, value) in [
-        ("intelRdt", json!({ "closID": "x" })),
-        ("netDevices", json!({ "eth0": { "name": "eth0" } })),
-        ("personality", json!({ "domain": "LINUX", "flags": ["ADDR_NO_RANDOMIZE"] })),
+    let mut bundle = Bundle::new("true");
+    bundle.config["vm"] = json!({ "kernel": { "path": "/boot/guest" } });
+    bundle.write_config();
+    let outcome = bundle.verb(&["create", &bundle.id]);
+    outcome.fails_with("the vm section (kernel /boot/guest)");
+    outcome.fails_with("no microVM driver");
+    bundle.config["vm"] = json!({ "kernel": { "path": "relative" } });
+    bundle.write_config();
+    bundle.verb(&["create", &bundle.id]).fails_with("vm.kernel.path");
+    bundle.assert_nothing_left();
+}
+
+#[test]
+fn cache_allocation_without_resctrl_names_the_missing_mount() {
+    if !is_pinion() {
+        return;
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    if mounts.contains(" - resctrl ") {
+        println!("not possible here: there is a resctrl");
+        return;
+    }
+    let mut bundle = Bundle::new("true");
+    bundle.config["linux"]["intelRdt"] = json!({ "closID": "x", "schemata": ["L3:0=f"] });
+    bundle.write_config();
+    bundle.verb(&["create", &bundle.id]).fails_with("mount -t resctrl");
+    bundle.assert_nothing_left();
+    bundle.config["linux"]["intelRdt"] = json!({ "closID": "a/b" });
+    bundle.write_config();
+    bundle.verb(&["create", &bundle.id]).fails_with("closID");
+    bundle.assert_nothing_left();
+}
+
+#[test]
+fn a_label_without_its_security_module_is_refused() {
+    for (place, field, module) in [
+        ("process", "selinuxLabel", "/sys/fs/selinux/enforce"),
+        ("linux", "mountLabel", "/sys/fs/selinux/enforce"),
+        ("process", "apparmorProfile", "/sys/module/apparmor"),
     ] {
+        if std::path::Path::new(module).exists() {
+            println!("not possible here: there is a {module}");
+            continue;
+        }
         let mut bundle = Bundle::new("true");
-        bundle.config["linux"][field] = value;
+        bundle.config[place][field] = json!("some_u:some_r:some_t:s0");
         bundle.write_config();
-        bundle.verb(&["create", &bundle.id]).fails_with(&format!("not supported: linux.{field}"));
+        let outcome = bundle.verb(&["create", &bundle.id]);
+        outcome.fails_with(if field == "apparmorProfile" { "apparmor" } else { "selinux" });
         bundle.assert_nothing_left();
     }
-    let bundle = Bundle::new("true");
-    bundle.verb(&["checkpoint", "--image-path", "/x", "c"]).fails_with("not supported: checkpoint");
 }
 
 #[test]

@@ -13,12 +13,20 @@
 
 mod bundle;
 mod cgroups;
+mod checkpoint;
+mod command_line;
+mod domain;
 mod errors;
 mod exec;
 mod hooks;
 mod lifecycle;
+mod mounts;
+mod network_devices;
 mod process;
 mod rootfs;
+mod rootless;
+mod scheduling;
+mod seccomp_notify;
 mod security;
 mod terminal;
 mod user_namespace;

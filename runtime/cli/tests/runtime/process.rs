@@ -183,31 +183,6 @@ fn signals_have_their_default_action_and_none_is_blocked() {
 }
 
 #[test]
-fn scheduler_and_io_priority_are_set() {
-    if !crate::bundle::is_pinion() {
-        return;
-    }
-    let text = output_of("cut -d' ' -f19,41 /proc/self/stat", |config| {
-        config["process"]["scheduler"] = json!({ "policy": "SCHED_BATCH", "nice": 5 });
-        config["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_BE", "priority": 6 });
-    });
-    assert_eq!(text, "5 3");
-}
-
-#[test]
-fn the_time_namespace_has_its_offset() {
-    if !crate::bundle::is_pinion() {
-        return;
-    }
-    let text = output_of("cut -d. -f1 /proc/uptime", |config| {
-        config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "time" }));
-        config["linux"]["timeOffsets"] =
-            json!({ "boottime": { "secs": 10_000_000, "nanosecs": 0 } });
-    });
-    assert!(text.parse::<u64>().unwrap() > 10_000_000, "{text}");
-}
-
-#[test]
 fn the_session_keyring_is_its_own() {
     let bundle = Bundle::new("grep _ses /proc/keys || cat /proc/keys");
     let own = bundle.run();

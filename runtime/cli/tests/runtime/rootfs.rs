@@ -1,8 +1,8 @@
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use serde_json::json;
 
-use crate::bundle::{Bundle, is_pinion};
+use crate::bundle::Bundle;
 
 /// The line of the container's mountinfo whose mountpoint is `place`.
 fn mount_line(text: &str, place: &str) -> Option<String> {
@@ -96,18 +96,6 @@ fn bind_mounts_carry_their_options() {
 }
 
 #[test]
-fn a_recursive_read_only_bind_covers_what_is_mounted_below() {
-    let mut bundle = Bundle::new("touch /data/top 2>&1; touch /data/sub/deep 2>&1; true");
-    let source = bundle.path().join("source");
-    std::fs::create_dir_all(source.join("sub")).unwrap();
-    bundle.mount("/data", "tmpfs", "tmpfs", &[]);
-    bundle.mount("/data/sub", "tmpfs", "tmpfs", &[]);
-    bundle.mount("/data", "bind", source.to_str().unwrap(), &["rbind", "rro"]);
-    let text = bundle.run().ok();
-    assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
-}
-
-#[test]
 fn tmpfs_options_and_mode_are_applied() {
     let mut bundle = Bundle::new("stat -c %a /t /kept; grep -e ' /t ' /proc/self/mountinfo");
     let kept = bundle.rootfs().join("kept");
@@ -141,13 +129,6 @@ fn propagation_is_private_to_the_container_unless_asked() {
     let text = bundle.run().ok();
     assert!(mount_line(&text, "/shared").unwrap().contains("shared:"), "{text}");
     assert!(!mount_line(&text, "/plain").unwrap().contains("shared:"), "{text}");
-    if !is_pinion() {
-        return;
-    }
-    let mut bundle = Bundle::new("grep ' / ' /proc/self/mountinfo");
-    bundle.config["linux"]["rootfsPropagation"] = json!("shared");
-    let text = bundle.run().ok();
-    assert!(mount_line(&text, "/").unwrap().contains("shared:"), "{text}");
 }
 
 #[test]
@@ -181,31 +162,6 @@ fn dangling_links_of_the_image_are_completed_inside_the_root() {
     bundle.mount("/var/run/secrets", "bind", source.to_str().unwrap(), &["rbind", "ro"]);
     assert_eq!(bundle.run().ok(), "found");
     assert!(rootfs.join("run/secrets").is_dir());
-}
-
-#[test]
-fn an_id_mapped_mount_shows_other_owners() {
-    if !is_pinion() {
-        return;
-    }
-    let mut bundle = Bundle::new("stat -c %u:%g /data/file; touch /data/new");
-    let source = bundle.path().join("source");
-    std::fs::create_dir(&source).unwrap();
-    std::fs::write(source.join("file"), "").unwrap();
-    std::os::unix::fs::chown(source.join("file"), Some(0), Some(0)).unwrap();
-    let map = json!([{ "containerID": 0, "hostID": 5000, "size": 1000 }]);
-    bundle.config["mounts"].as_array_mut().unwrap().push(json!({
-        "destination": "/data", "type": "bind", "source": source.to_str().unwrap(),
-        "options": ["bind", "idmap"], "uidMappings": map, "gidMappings": map,
-    }));
-    let outcome = bundle.run();
-    if outcome.stderr.contains("MOUNT_ATTR_IDMAP") {
-        println!("not possible here: the file system has no id-mapped mounts");
-        return;
-    }
-    assert_eq!(outcome.stdout, "5000:5000\n", "{outcome:?}");
-    let owner = std::fs::metadata(source.join("new"));
-    assert!(owner.is_err() || owner.unwrap().uid() < 5000);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use rustix::process::{DumpableBehavior, Signal};
 use super::{During, Step, Stopped, identity, terminal};
 use crate::error::{Doing, Failure};
 use crate::hooks;
+use crate::memory_policy::MemoryPolicy;
 use crate::plan::Plan;
 use crate::protocol::{Channel, Message, Report};
 use crate::rootfs::{self, CgroupSource, Proc, Root, Rootfs};
@@ -113,6 +114,7 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
         rootfs::attach_console(&root, pty.slave.as_fd()).during(Step::Terminal)?;
         terminal::install(&pty, socket.as_fd(), &plan.process).during(Step::Terminal)?;
     }
+    terminal::own_null(&root).during(Step::Terminal)?;
     terminal::own_stdio(plan.process.uid).during(Step::Terminal)?;
     identity::label(&plan.process, || Ok(proc)).during(Step::Identity)?;
     // No descriptor of a directory may be left that the working directory could name.
@@ -147,6 +149,7 @@ fn enter(init: &Init<'_>, channel: &Channel) -> Result<(), Failure> {
         set_own_oom_score(score)?;
     }
     init.join.carry_out(init.cgroup)?;
+    settle_affinity(None)?;
     // From here on other processes of the container may see this one.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .doing(|| "PR_SET_DUMPABLE".into())?;
@@ -170,6 +173,18 @@ fn enter(init: &Init<'_>, channel: &Channel) -> Result<(), Failure> {
         join_keyring(init.id)?;
     }
     Ok(())
+}
+
+/// Binds the process to the processors of `mask`, or to all its cgroup gives it: since Linux
+/// 6.2 the mask of whoever called the runtime would otherwise stay in force.
+pub(super) fn settle_affinity(mask: Option<&[u64]>) -> Result<(), Failure> {
+    /// The kernel ignores processors beyond its own and takes the cpuset's of the rest.
+    const ALL: [u64; 128] = [u64::MAX; 128];
+    match (mask, pinion_sys::process::set_affinity(mask.unwrap_or(&ALL))) {
+        (Some(_), outcome) => outcome.doing(|| "set the final CPU affinity".into()),
+        // A sandbox may forbid it; then the process runs where its parent did.
+        (None, _) => Ok(()),
+    }
 }
 
 /// Root of the user namespace; it may lack the right to drop groups, which is then moot.
@@ -256,19 +271,29 @@ fn settle(plan: &Plan, root: &Root, proc: &Proc) -> Result<(), Failure> {
     }
     rootfs::protect(root, &plan.read_only)?;
     rootfs::mask(root, &plan.masked)?;
-    if let Some(domain) = plan.personality {
-        pinion_sys::process::set_personality(domain).doing(|| "personality".into())?;
-    }
-    if let Some(policy) = &plan.memory_policy {
-        pinion_sys::process::set_memory_policy(policy.mode, &policy.nodes)
-            .doing(|| "set_mempolicy".into())?;
-    }
+    set_domain(plan.personality, plan.memory_policy.as_ref())?;
     if plan.process.cwd != Path::new("/") {
         // As runc: a missing working directory is made, unless the file system forbids it,
         // which chdir will then report.
         let _ = root.directory(&plan.process.cwd);
     }
     rootfs::finish_root(root, &plan.root)
+}
+
+/// The execution domain and the NUMA policy, which every process of a container has.
+pub(super) fn set_domain(
+    personality: Option<u64>,
+    policy: Option<&MemoryPolicy>,
+) -> Result<(), Failure> {
+    if let Some(persona) = personality {
+        pinion_sys::process::set_personality(persona)
+            .doing(|| format!("personality({persona:#x})"))?;
+    }
+    if let Some(policy) = policy {
+        pinion_sys::process::set_memory_policy(policy.mode, &policy.nodes)
+            .doing(|| format!("set_mempolicy({:#x}, nodes {:?})", policy.mode, policy.nodes))?;
+    }
+    Ok(())
 }
 
 /// Changes to `cwd`; true when only the user itself may enter it and it is to be tried

@@ -11,6 +11,7 @@ use rustix::process::{DumpableBehavior, Signal};
 
 use super::{During, Join, Step, Stopped, identity, init, terminal};
 use crate::error::{Doing, Failure};
+use crate::memory_policy::MemoryPolicy;
 use crate::process::ProcessPlan;
 use crate::protocol::{Channel, Message, Report};
 use crate::rootfs::{Proc, Root, open_path};
@@ -24,6 +25,10 @@ pub struct Tenant<'a> {
     pub id: &'a str,
     /// The container's system call filter.
     pub filter: Option<&'a Program>,
+    /// The container's execution domain.
+    pub personality: Option<u64>,
+    /// The container's NUMA policy.
+    pub memory_policy: Option<&'a MemoryPolicy>,
     /// The container's first process.
     pub container: OwnedFd,
     /// The `CLONE_NEW*` bits of the namespaces to join, PID namespace excluded.
@@ -64,6 +69,7 @@ fn become_program(tenant: &Tenant<'_>, channel: &Channel) -> Result<Infallible, 
         terminal::install(&pty, socket.as_fd(), plan).during(Step::Terminal)?;
     }
     terminal::own_stdio(plan.uid).during(Step::Terminal)?;
+    init::set_domain(tenant.personality, tenant.memory_policy).during(Step::Settings)?;
     identity::label(plan, Proc::detached).during(Step::Identity)?;
     let late = init::change_directory(&plan.cwd, true).during(Step::Identity)?;
     identity::adopt(plan, tenant.filter, tenant.keep_fds).during(Step::Identity)?;
@@ -85,13 +91,8 @@ fn enter(tenant: &Tenant<'_>) -> Result<(), Failure> {
     if let Some(score) = plan.oom_score_adj {
         init::set_own_oom_score(score)?;
     }
-    if let Some(mask) = &plan.affinity.0 {
-        pinion_sys::process::set_affinity(mask).doing(|| "set the initial CPU affinity".into())?;
-    }
     tenant.join.carry_out(tenant.cgroup)?;
-    if let Some(mask) = &plan.affinity.1 {
-        pinion_sys::process::set_affinity(mask).doing(|| "set the final CPU affinity".into())?;
-    }
+    init::settle_affinity(plan.affinity.1.as_deref())?;
     // A process of the container must not be able to look into this one (CVE-2016-9962).
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .doing(|| "PR_SET_DUMPABLE".into())?;

@@ -63,7 +63,11 @@ impl<'a> Rootfs<'a> {
     /// # Errors
     /// Names the call that failed.
     pub fn enter(plan: &RootPlan, cgroups: CgroupSource<'a>) -> Result<Self, Failure> {
-        let (propagation, recursive) = plan.propagation.unwrap_or((libc::MS_SLAVE, true));
+        let (propagation, recursive) = match plan.propagation {
+            // An unbindable root could not be bound below; it becomes that at the end.
+            None | Some((libc::MS_UNBINDABLE, _)) => (libc::MS_SLAVE, true),
+            Some(asked) => asked,
+        };
         let host_root = open_path(Path::new("/"))?;
         attach::set_propagation(host_root.as_fd(), &[(propagation, recursive)])?;
         let missing = || format!("open the rootfs {}", plan.path.display());
