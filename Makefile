@@ -14,7 +14,7 @@ export PINION_CACHE := $(CACHE)
 # Where the binaries under test are gathered: what the node and the suites install.
 STAGE := $(CARGO_TARGET_DIR)/$(TARGET)/stage
 export PINION_BIN := $(STAGE)
-PATH := $(STAGE):$(CACHE)/bin:/usr/local/go/bin:$(PATH)
+PATH := $(STAGE):$(CACHE)/bin:/usr/local/go/bin:$(PATH):$(CACHE)/criu/bin
 export PATH
 HARNESS := $(STAGE)/pinion-tests
 
@@ -83,10 +83,11 @@ bench-cri: setup-test build ## pods through CRI against containerd and runc
 	$(HARNESS) bench cri
 
 .PHONY: install
-install: build ## install binaries, unit file and completions below PREFIX (/usr/local)
+install: build ## install binaries, unit file, man pages and completions below PREFIX (/usr/local)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	install -m 755 $(STAGE)/pinion $(STAGE)/pinion-monitor $(STAGE)/piniond $(STAGE)/pinctl $(DESTDIR)$(PREFIX)/bin/
 	sed 's|/usr/local|$(PREFIX)|g' cri-shim/server/piniond.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/piniond.service
+	$(HARNESS) manual $(DESTDIR)$(PREFIX)/share
 	$(STAGE)/pinctl completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/pinctl
 
 .PHONY: fmt

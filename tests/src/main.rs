@@ -19,6 +19,7 @@ mod image;
 mod isolation;
 mod kubelet;
 mod leaks;
+mod manual;
 mod network;
 mod node;
 mod pinned;
@@ -87,6 +88,9 @@ enum Verb {
     /// The virtual telco node.
     #[command(subcommand)]
     Node(NodeVerb),
+    /// Writes the man pages and completions of pinion below a directory such as
+    /// /usr/local/share.
+    Manual { share: PathBuf },
     /// Builds critest and crictl, and prints where they are.
     Tools {
         /// Builds kubelet too, which takes minutes.
@@ -172,8 +176,13 @@ fn main() -> ExitCode {
 }
 
 fn run(verb: Verb) -> Result<ExitCode> {
+    if let Verb::Manual { share } = verb {
+        manual::write(&share)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let assets = Assets::open()?;
     match verb {
+        Verb::Manual { .. } => {}
         Verb::Critest { place: Place::Host, options } => critest::run(&assets, &options)?,
         Verb::Critest { place: Place::Node, options } => {
             return Ok(exit_code(critest::run_in_node(&assets, &options)?));
