@@ -14,8 +14,8 @@ demo | test)
     ;;&
 test)
     # busybox-static and busybox exclude each other; the bundles of tests want the static one.
-    packages+=(runc crun containerd podman conmon docker-registry busybox-static strace procps
-        openssl)
+    packages+=(runc crun containerd podman buildah conmon docker-registry busybox-static strace
+        procps openssl uidmap)
     ;;
 esac
 
@@ -37,6 +37,29 @@ if command -v rustup >/dev/null; then
     rustup target list --installed | grep -qx x86_64-unknown-linux-musl ||
         rustup -q target add x86_64-unknown-linux-musl ||
         echo "setup: no musl target to be had; building statically with glibc instead"
+fi
+
+# bookworm's CRIU (3.17) fails on recent kernels, whose vDSO it does not know. That of
+# Debian's next release runs from a tree of its own, and nothing of the system changes.
+criu=${CACHE:-$HOME/.cache/pinion}/criu
+if [ "$want" = test ] && ! criu check >/dev/null 2>&1 && [ ! -x "$criu/bin/criu" ]; then
+    echo "setup: fetching CRIU into $criu"
+    rm -rf "$criu" && mkdir -p "$criu"/{bin,tree,apt/lists/partial,apt/archives/partial}
+    mirror=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources | head -1)
+    echo "deb $mirror trixie main" >"$criu/apt/sources.list"
+    touch "$criu/apt/status"
+    apt=(-o "Dir::State=$criu/apt" -o "Dir::State::lists=$criu/apt/lists" -o "Dir::Cache=$criu/apt"
+        -o "Dir::Etc::sourcelist=$criu/apt/sources.list" -o Dir::Etc::sourceparts=-
+        -o "Dir::State::status=$criu/apt/status" -o APT::Sandbox::User=root)
+    if apt-get "${apt[@]}" update -q >/dev/null &&
+        apt-get "${apt[@]}" install -y -q --no-install-recommends --download-only criu >/dev/null; then
+        for deb in "$criu"/apt/archives/*.deb; do dpkg -x "$deb" "$criu/tree"; done
+        printf '#!/bin/sh\nexec %s --library-path %s %s "$@"\n' "$criu/tree/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" \
+            "$criu/tree/usr/lib/x86_64-linux-gnu" "$criu/tree/usr/sbin/criu" >"$criu/bin/criu"
+        chmod +x "$criu/bin/criu"
+    else
+        echo "setup: no CRIU to be had; the tests of checkpoint and restore will say so" >&2
+    fi
 fi
 
 # critest, crictl and kubelet want a newer Go than bookworm has; any Go from 1.21 on

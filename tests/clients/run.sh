@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Other people's clients on an OCI runtime: podman, and containerd's runc shim through ctr.
+# Other people's clients on an OCI runtime: podman as root and as an unprivileged user,
+# buildah, and containerd's runc shim through ctr.
 #   run.sh RUNTIME      RUNTIME is the path of pinion, or of runc, which is the oracle
 # Prints a line for each check and ends with `N passed, N failed`.
 set -uo pipefail
@@ -26,15 +27,16 @@ check() { # name, expected output (a glob), command...
 }
 
 # Both clients set limits that root without CAP_SYS_RESOURCE may not raise.
-podman() {
-    command podman --root "$WORK/podman" --runroot "$WORK/podman-run" --storage-driver vfs \
-        --cgroup-manager cgroupfs --runtime "$RUNTIME" --log-level error "$@"
-}
-LIMITS=(--ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --network none
-    --cgroup-parent "/$ID")
+GLOBAL=(--root "$WORK/podman" --runroot "$WORK/podman-run" --storage-driver vfs
+    --cgroup-manager cgroupfs --runtime "$RUNTIME" --log-level error)
+podman() { command podman "${GLOBAL[@]}" "$@"; }
+PODLIMITS=(--ulimit nofile=1024:1024 --ulimit nproc=4096:4096)
+LIMITS=("${PODLIMITS[@]}" --network none --cgroup-parent "/$ID")
 
 cleanup() {
+    podman pod rm -fa -t 0 >/dev/null 2>&1
     podman rm -fa -t 0 >/dev/null 2>&1
+    [ -n "${ROOTLESS:-}" ] && { as_user rm -fa -t 0; pkill -KILL -u "$ROOTLESS"; sleep 0.5; userdel "$ROOTLESS"; }
     [ -n "${CONTAINERD:-}" ] && { ctr tasks kill -s KILL "$ID" >/dev/null 2>&1; kill "$CONTAINERD"; wait "$CONTAINERD"; }
     find /sys/fs/cgroup -depth -type d \( -path "*/$ID/*" -o -name "$ID" -o -name "libpod_parent" \) -exec rmdir {} \; 2>/dev/null
     awk -v w="$WORK" '$5 ~ "^" w {print $5}' /proc/self/mountinfo | sort -r | xargs -r -n1 umount -l
@@ -73,6 +75,9 @@ with_podman() {
     check 'podman: exec exit code' '* [[]3]' podman exec one sh -c 'exit 3'
     check 'podman: exec with a terminal' '/dev/pts/* [[]0]' podman exec -t one tty
     check 'podman: exec as another user' '5 [[]0]' podman exec -u 5 one id -u
+    check 'podman: exec -it' '/dev/pts/*[[]0]' on_terminal podman exec -it one tty
+    check 'podman: a change of the CPU weight' '*[[]0]' podman update --cpu-shares 512 one
+    check 'podman: it reached the kernel' '512 [[]0]' weight_of one
     check 'podman: pause' '*[[]0]' podman pause one
     check 'podman: is paused' 'paused [[]0]' podman inspect -f '{{.State.Status}}' one
     check 'podman: resume' '*[[]0]' podman unpause one
@@ -82,6 +87,82 @@ with_podman() {
     check 'podman: start again' '*[[]0]' podman start one
     check 'podman: kill' '*[[]0]' podman kill one
     check 'podman: remove' '*[[]0]' podman rm -f -t 0 one
+    check 'podman: a health check' '*[[]0]' podman run -d --name health --health-cmd 'cat /etc/group' \
+        --health-interval disable "${LIMITS[@]}" box:1 sleep 1000
+    check 'podman: is healthy' '*[[]0]' podman healthcheck run health
+    check 'podman: mapped users' '*0*100000*65536* [[]0]' podman run --rm "${LIMITS[@]}" --uidmap 0:100000:65536 --gidmap 0:100000:65536 box:1 cat /proc/self/uid_map
+    check 'podman: root is somebody else outside' '0 [[]0]' podman run --rm "${LIMITS[@]}" --uidmap 0:100000:65536 --gidmap 0:100000:65536 box:1 id -u
+    check 'podman: a pod' '*[[]0]' podman pod create --name pod --network none --cgroup-parent "/$ID" \
+        --infra-image box:1 --infra-command 'sleep 1000' --share ipc,uts,net
+    check 'podman: a container in the pod' '*[[]0]' podman run -d --pod pod --name inpod "${PODLIMITS[@]}" box:1 sleep 1000
+    check 'podman: shares the network of the pod' 'same [[]0]' shares_network
+    check 'podman: the pod stops' '*[[]0]' podman pod stop -t 0 pod
+    check 'podman: and goes' '*[[]0]' podman pod rm -f pod
+    check 'podman: systemd-like cgroup access is refused' '*[[]1]' podman run --rm "${LIMITS[@]}" box:1 touch /sys/fs/cgroup/x
+}
+
+# A command with a terminal of its own.
+on_terminal() {
+    shift # podman
+    script -qec "$(printf '%q ' podman "${GLOBAL[@]}" "$@")" /dev/null </dev/null
+}
+
+weight_of() {
+    local pid
+    pid=$(podman inspect -f '{{.State.Pid}}' "$1")
+    local v1
+    v1=$(awk -F: '$2 ~ /(^|,)cpu(,|$)/ {print $3}' "/proc/$pid/cgroup")
+    if [ -n "$v1" ]; then
+        cat "$(ls -d /sys/fs/cgroup/cpu /sys/fs/cgroup/cpu,cpuacct 2>/dev/null | head -1)$v1/cpu.shares"
+    else
+        # 512 shares of v1 are a weight of 20 (1 + 510 * 9999 / 262142), or 59 by runc's newer curve.
+        case $(cat "/sys/fs/cgroup$(cut -d: -f3 "/proc/$pid/cgroup")/cpu.weight") in 20 | 59) echo 512 ;; esac
+    fi
+}
+
+shares_network() {
+    local infra own
+    infra=$(podman inspect -f '{{.State.Pid}}' "$(podman pod inspect -f '{{.InfraContainerID}}' pod)")
+    own=$(podman inspect -f '{{.State.Pid}}' inpod)
+    [ "$(readlink "/proc/$infra/ns/net")" = "$(readlink "/proc/$own/ns/net")" ] && echo same
+}
+
+with_buildah() {
+    local base=(buildah --root "$WORK/podman" --runroot "$WORK/podman-run" --storage-driver vfs --log-level error)
+    local container
+    container=$("${base[@]}" from --pull-never localhost/box:1) || container=failed
+    check 'buildah: run' 'built [[]0]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" echo built
+    check 'buildah: what it writes stays' 'kept [[]0]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" sh -c 'echo kept >/kept; cat /kept'
+    check 'buildah: exit codes come back' '*[[][13]*]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" sh -c 'exit 3'
+    "${base[@]}" rm "$container" >/dev/null 2>&1
+}
+
+# podman of a user who is nobody: user namespaces by newuidmap, no rights on cgroups.
+with_rootless_podman() {
+    if ! command -v newuidmap >/dev/null; then
+        echo 'not possible here: rootless podman needs newuidmap (package uidmap)'
+        return
+    fi
+    local user=pinionclients home=$WORK/home
+    useradd --no-create-home --home-dir "$home" --shell /bin/sh "$user" || return
+    ROOTLESS=$user
+    grep -q "^$user:" /etc/subuid || { usermod --add-subuids 400000-465535 --add-subgids 400000-465535 "$user"; }
+    mkdir -p "$home/run" && chown -R "$user" "$home" && chmod 755 "$WORK" && chmod 700 "$home/run"
+    install -m 755 "$RUNTIME" "$home/runtime" && cp "$WORK/rootfs.tar" "$home/" && chown "$user" "$home/rootfs.tar"
+    local words=(env HOME="$home" XDG_RUNTIME_DIR="$home/run" PATH="$PATH" podman --root "$home/podman"
+        --runroot "$home/run/podman" --storage-driver vfs --cgroup-manager cgroupfs
+        --runtime "$home/runtime" --events-backend none --log-level error)
+    as_user() { (cd "$home" && setpriv --reuid "$user" --regid "$user" --init-groups "${words[@]}" "$@"); }
+    check 'rootless podman: image is there' '*[[]0]' as_user import -q "$home/rootfs.tar" box:1
+    local limits=(--network none --cgroups disabled)
+    check 'rootless podman: output comes back' 'hello [[]0]' as_user run --rm "${limits[@]}" box:1 echo hello
+    check 'rootless podman: root inside' '0 [[]0]' as_user run --rm "${limits[@]}" box:1 id -u
+    check 'rootless podman: exit codes come back' '* [[]7]' as_user run --rm "${limits[@]}" box:1 sh -c 'exit 7'
+    check 'rootless podman: another user inside' '1000 [[]0]' as_user run --rm "${limits[@]}" -u 1000 box:1 id -u
+    check 'rootless podman: starts detached' '*[[]0]' as_user run -d --name one "${limits[@]}" box:1 sleep 1000
+    check 'rootless podman: exec' 'here [[]0]' as_user exec one echo here
+    check 'rootless podman: kill' '*[[]0]' as_user kill one
+    check 'rootless podman: remove' '*[[]0]' as_user rm -f -t 0 one
 }
 
 ctr() { command ctr --address "$WORK/containerd.sock" "$@"; }
@@ -120,6 +201,8 @@ T
 
 rootfs
 with_podman
+with_buildah
 with_containerd
+with_rootless_podman
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
