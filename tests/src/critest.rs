@@ -41,12 +41,19 @@ pub(crate) struct Options {
     /// Write the names of the specs that passed to this file.
     #[arg(long)]
     pub(crate) write_passed: Option<PathBuf>,
-    /// Fail unless every spec that ran passed, whatever the committed list says.
+    /// Fail unless every spec that ran passed, whatever the committed list says; always so with
+    /// our own server.
     #[arg(long)]
     pub(crate) all: bool,
     /// Keep critest's full output in this file.
     #[arg(long)]
     pub(crate) log: Option<PathBuf>,
+    /// Stream over WebSocket instead of SPDY.
+    #[arg(long)]
+    pub(crate) websocket: bool,
+    /// Run so many specs side by side.
+    #[arg(long, value_name = "N")]
+    pub(crate) parallel: Option<u32>,
 }
 
 /// One suite of ginkgo's JSON report.
@@ -121,6 +128,12 @@ impl Options {
         if self.log.is_some() {
             add("--log", "/mnt/share/critest.log");
         }
+        if let Some(nodes) = self.parallel {
+            words.extend(["--parallel".into(), nodes.to_string()]);
+        }
+        if self.websocket {
+            words.push("--websocket".into());
+        }
         if self.all {
             words.push("--all".into());
         }
@@ -153,6 +166,13 @@ pub(crate) fn run(assets: &Assets, options: &Options) -> Result<()> {
     let site = Site::open(assets, options.server)?;
     let (server, scratch) = (&site.server, &site.scratch);
     let critest = adapted_critest(assets, scratch)?;
+    if options.parallel.is_some() {
+        // critest looks for it by name.
+        let runner = assets.tool(&tools::GINKGO)?;
+        let beside = scratch.path("ginkgo");
+        std::os::unix::fs::symlink(&runner, &beside)
+            .during(|| format!("link {}", beside.display()))?;
+    }
     let log = options.log.clone().unwrap_or_else(|| scratch.path("critest.log"));
     let report = scratch.path("critest.json");
     let started = Instant::now();
@@ -214,6 +234,20 @@ fn run_critest(
     if let Some(handler) = &options.handler {
         critest.arg(format!("-runtime-handler={handler}"));
     }
+    if let Some(socket) = &server.nri_socket {
+        critest.arg(format!("-nri-socket={}", socket.display()));
+    }
+    if options.websocket {
+        critest.args(["-websocket-exec", "-websocket-attach", "-websocket-portforward"]);
+    }
+    if let Some(nodes) = options.parallel {
+        let own = program.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths([own].into_iter().chain(std::env::split_paths(&path)));
+        critest.arg(format!("-parallel={nodes}"));
+        let path = path.map_err(std::io::Error::other);
+        critest.env("PATH", path.during(|| "make a PATH for critest".into())?);
+    }
     let mut kept = fs::File::create(log).during(|| format!("create {}", log.display()))?;
     let mut child = critest
         .stdin(Stdio::null())
@@ -273,7 +307,10 @@ fn judge(reports: &[Report], options: &Options) -> Result<()> {
         let reason = spec.failure.message.lines().next().unwrap_or_default();
         match outcome {
             Outcome::Failed => println!("FAILED  {}\n        {reason}", spec.name()),
-            Outcome::Skipped => println!("skipped {}\n        {reason}", spec.name()),
+            Outcome::Skipped => {
+                let excuse = excuse(&spec.name()).unwrap_or("nothing excuses this");
+                println!("skipped {}\n        {reason}\n        ({excuse})", spec.name());
+            }
             Outcome::Passed | Outcome::Unselected => {}
         }
         named.entry(outcome).or_default().insert(spec.name());
@@ -288,18 +325,40 @@ fn judge(reports: &[Report], options: &Options) -> Result<()> {
         .flat_map(|report| &report.spec_reports)
         .any(|spec| spec.leaf_node_type != "It" && spec.outcome() == Outcome::Failed);
     ensure(!setup_failed, || "critest could not set itself up".into())?;
+    let mut unexcused = BTreeSet::new();
+    for (spec, outcome) in specs(reports) {
+        if outcome == Outcome::Skipped && excuse(&spec.name()).is_none() {
+            unexcused.insert(spec.name());
+        }
+    }
     let failed = names(Outcome::Failed);
     ensure(!failed.is_empty() || named.contains_key(&Outcome::Passed), || {
         "critest ran no spec".into()
     })?;
     let mut broken = missed(&expected(), &named);
-    if options.all {
+    if options.server == Kind::Piniond {
+        broken.extend(unexcused);
+        broken.extend(failed);
+    } else if options.all {
         broken.extend(failed);
     }
     ensure(broken.is_empty(), || {
         let list: Vec<String> = broken.iter().map(|name| format!("\n  {name}")).collect();
         format!("{} specs that must pass did not:{}", broken.len(), list.concat())
     })
+}
+
+/// What this kernel lacks that a skipped spec needs; a skip without such a reason is a failure.
+fn excuse(name: &str) -> Option<&'static str> {
+    let reads =
+        |path: &str, want: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == want);
+    if name.starts_with("AppArmor ") && !reads("/sys/module/apparmor/parameters/enabled", "Y") {
+        return Some("AppArmor is not enabled in this kernel");
+    }
+    if name.contains("SELinux") && !Path::new("/sys/fs/selinux/enforce").exists() {
+        return Some("SELinux is not enabled in this kernel");
+    }
+    None
 }
 
 /// The expected specs that neither passed nor were left out on request. One that critest

@@ -224,7 +224,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             return Ok(exit_code(node::run(&assets, &options.job())?));
         }
         Verb::Tools { kubelet } => {
-            let mut wanted = vec![tools::CRITEST, tools::CRICTL];
+            let mut wanted = vec![tools::CRITEST, tools::CRICTL, tools::GINKGO];
             wanted.extend(kubelet.then_some(tools::KUBELET));
             for tool in wanted {
                 println!("{}", assets.tool(&tool)?.display());

@@ -75,6 +75,8 @@ pub(crate) struct Server {
     log: PathBuf,
     /// The CRI socket.
     pub(crate) socket: PathBuf,
+    /// Where NRI plugins connect, if they can.
+    pub(crate) nri_socket: Option<PathBuf>,
 }
 
 impl Server {
@@ -89,7 +91,8 @@ impl Server {
         fs::write(&config, text).during(|| format!("write {}", config.display()))?;
         let log = scratch.path("server.log");
         let process = spawn(kind, &config, &log)?;
-        let mut server = Self { kind, process, config, log, socket };
+        let nri_socket = None;
+        let mut server = Self { kind, process, config, log, socket, nri_socket };
         server.wait_ready()?;
         Ok(server)
     }

@@ -1,4 +1,5 @@
-//! The Go programs of other projects that the suites drive: critest, crictl and kubelet.
+//! The Go programs of other projects that the suites drive: critest with its runner, crictl and
+//! kubelet.
 //!
 //! Each is built once, static, from the module that pins its version below `tests/go`, and
 //! kept in the cache's `bin`. The modules are embedded, so the harness needs no source tree.
@@ -54,6 +55,14 @@ pub(crate) const CRICTL: Tool = Tool {
     name: "crictl",
     module: CRI_TOOLS_MODULE,
     package: "sigs.k8s.io/cri-tools/cmd/crictl",
+    test: false,
+};
+
+/// The runner that critest starts to run specs in parallel.
+pub(crate) const GINKGO: Tool = Tool {
+    name: "ginkgo",
+    module: CRI_TOOLS_MODULE,
+    package: "github.com/onsi/ginkgo/v2/ginkgo",
     test: false,
 };
 
@@ -134,6 +143,6 @@ mod tests {
     #[test]
     fn the_version_stamped_is_the_one_that_go_mod_pins() {
         assert!(version_flag(&KUBELET.module).contains("gitVersion=v1.36."));
-        assert!(version_flag(&CRI_TOOLS_MODULE).ends_with("version.Version=v1.36.0"));
+        assert!(version_flag(&CRI_TOOLS_MODULE).ends_with("version.Version=v1.37.0"));
     }
 }

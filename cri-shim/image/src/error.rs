@@ -205,6 +205,16 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A path inside an image that cannot be shown.
+    #[error("{path:?} in image {image}: {reason}")]
+    SubPath {
+        /// The image.
+        image: String,
+        /// The path, as asked for.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] pinion_store::Error),
@@ -251,7 +261,8 @@ impl Error {
             | Self::Digest(_)
             | Self::Auth { .. }
             | Self::ContainerId { .. }
-            | Self::Archive { .. } => ErrorKind::InvalidArgument,
+            | Self::Archive { .. }
+            | Self::SubPath { .. } => ErrorKind::InvalidArgument,
             Self::NoImage { .. } | Self::NoRootfs { .. } | Self::Platform { .. } => {
                 ErrorKind::NotFound
             }

@@ -22,6 +22,7 @@ mod content;
 mod digest;
 mod error;
 mod flight;
+mod id_map;
 mod images;
 mod inventory;
 mod load;
@@ -37,11 +38,13 @@ mod snapshot;
 mod trash;
 mod unpack;
 mod usage;
+mod volume;
 
 pub use auth::Auth;
 pub use config::{ImageConfig, Limits};
 pub use digest::{Digest, DigestError};
 pub use error::{Error, ErrorKind, Result};
+pub use id_map::IdMap;
 pub use images::Images;
 pub use progress::{Progress, ProgressFn, Stage};
 pub use record::{

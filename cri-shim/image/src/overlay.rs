@@ -3,11 +3,17 @@
 //! First by the new mount API, one `lowerdir+` per layer (Linux 6.5), where no comma or colon
 //! in a path can turn into an option; else by mount(2) with names relative to the layers' directory, which
 //! are plain hexadecimal digits, from a thread that has a working directory of its own.
+//!
+//! For a pod with a user namespace the layers are mapped first ([`crate::id_map`]), so that
+//! files of the image's root belong to the pod's root.
 
 use std::{
     fs::File,
     io,
-    os::{fd::AsFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -33,6 +39,13 @@ pub(crate) struct Stack {
     pub(crate) layers_dir: PathBuf,
     /// Names below `layers_dir`, top first; at least one.
     pub(crate) lowers: Vec<String>,
+    /// Where changes go; nothing can be changed without. There are two layers at least then.
+    pub(crate) writable: Option<Writable>,
+}
+
+/// Where changes to a stack go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Writable {
     pub(crate) upper: PathBuf,
     pub(crate) work: PathBuf,
     /// Do not sync what is written.
@@ -42,6 +55,12 @@ pub(crate) struct Stack {
 /// Options besides the directories: nothing in a layer may point elsewhere.
 const OPTIONS: [(&str, &str); 3] =
     [("index", "off"), ("metacopy", "off"), ("redirect_dir", "nofollow")];
+
+/// What holds for a stack that cannot be changed: it is data, and none of its set-user-id
+/// programs or device nodes shall work for whoever it is shown to.
+const READ_ONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY
+    .union(MountAttrFlags::MOUNT_ATTR_NOSUID)
+    .union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
 /// Mounts the stack at `target`.
 pub(crate) fn mount_stack(stack: &Stack, target: &Path) -> Result<()> {
@@ -55,12 +74,24 @@ pub(crate) fn mount_stack(stack: &Stack, target: &Path) -> Result<()> {
     }
 }
 
-fn failed(target: &Path, step: String) -> impl FnOnce(io::Error) -> Error {
+pub(crate) fn failed(target: &Path, step: String) -> impl FnOnce(io::Error) -> Error {
     let target = target.to_owned();
     move |source| Error::Mount { target, step, source }
 }
 
 fn by_new_api(stack: &Stack, target: &Path) -> Result<(), (String, Errno)> {
+    place(&compose(stack)?, target)
+}
+
+/// Moves a detached mount to `target`.
+pub(crate) fn place(mounted: impl AsFd, target: &Path) -> Result<(), (String, Errno)> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(mounted.as_fd(), "", CWD, target, flags)
+        .map_err(|errno| ("move_mount".to_owned(), errno))
+}
+
+/// The stack as a mount that is nowhere yet.
+pub(crate) fn compose(stack: &Stack) -> Result<OwnedFd, (String, Errno)> {
     let step = |what: &str| {
         let what = what.to_owned();
         move |errno| (what, errno)
@@ -81,19 +112,20 @@ fn by_new_api(stack: &Stack, target: &Path) -> Result<(), (String, Errno)> {
     for lower in &stack.lowers {
         set("lowerdir+", &stack.layers_dir.join(lower))?;
     }
-    set("upperdir", &stack.upper)?;
-    set("workdir", &stack.work)?;
     for (key, value) in OPTIONS {
         set(key, Path::new(value))?;
     }
-    if stack.volatile {
-        fsconfig_set_flag(context.as_fd(), "volatile").map_err(step("fsconfig volatile"))?;
+    let mut attributes = READ_ONLY;
+    if let Some(writable) = &stack.writable {
+        attributes = MountAttrFlags::empty();
+        set("upperdir", &writable.upper)?;
+        set("workdir", &writable.work)?;
+        if writable.volatile {
+            fsconfig_set_flag(context.as_fd(), "volatile").map_err(step("fsconfig volatile"))?;
+        }
     }
     fsconfig_create(context.as_fd()).map_err(step("fsconfig create"))?;
-    let mounted = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
-        .map_err(step("fsmount"))?;
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(mounted.as_fd(), "", CWD, target, flags).map_err(step("move_mount"))
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(step("fsmount"))
 }
 
 fn by_mount(stack: &Stack, target: &Path) -> Result<()> {
@@ -120,10 +152,15 @@ fn by_mount(stack: &Stack, target: &Path) -> Result<()> {
 /// Options an older kernel does not know are left out, the least needed first.
 fn try_mount(stack: &Stack, target: &Path) -> Result<(), Errno> {
     let mut result = Err(Errno::INVAL);
-    for (volatile, extra) in [(stack.volatile, 3), (false, 3), (false, 1), (false, 0)] {
+    let flags = match stack.writable {
+        Some(_) => MountFlags::empty(),
+        None => MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV,
+    };
+    let volatile = stack.writable.as_ref().is_some_and(|writable| writable.volatile);
+    for (volatile, extra) in [(volatile, 3), (false, 3), (false, 1), (false, 0)] {
         let data = options(stack, volatile, &OPTIONS[..extra]);
         result = match nul_terminated(&data) {
-            Some(data) => mount("overlay", target, "overlay", MountFlags::empty(), data.as_c_str()),
+            Some(data) => mount("overlay", target, "overlay", flags, data.as_c_str()),
             None => Err(Errno::INVAL),
         };
         if result != Err(Errno::INVAL) {
@@ -140,9 +177,11 @@ fn nul_terminated(data: &[u8]) -> Option<std::ffi::CString> {
 /// The option string of mount(2); lower directories are relative to the layers' directory.
 fn options(stack: &Stack, volatile: bool, extra: &[(&str, &str)]) -> Vec<u8> {
     let mut data = format!("lowerdir={}", stack.lowers.join(":")).into_bytes();
-    for (key, path) in [("upperdir", &stack.upper), ("workdir", &stack.work)] {
-        data.extend_from_slice(format!(",{key}=").as_bytes());
-        data.extend(escaped(path));
+    if let Some(Writable { upper, work, .. }) = &stack.writable {
+        for (key, path) in [("upperdir", upper), ("workdir", work)] {
+            data.extend_from_slice(format!(",{key}=").as_bytes());
+            data.extend(escaped(path));
+        }
     }
     for (key, value) in extra {
         data.extend_from_slice(format!(",{key}={value}").as_bytes());

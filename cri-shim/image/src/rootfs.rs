@@ -1,12 +1,19 @@
 //! Container root file systems: an overlay over an image's layers, and what it occupies.
+//!
+//! The same stack without a place for changes is an image volume ([`crate::volume`]).
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    path::Path,
+};
 
 use crate::{
-    Digest, Error, ImageRecord, Images, LayerRecord, RootfsRecord, Usage,
+    Digest, Error, IdMap, ImageRecord, Images, LayerRecord, RootfsRecord, Usage,
     error::Result,
+    id_map,
     images::Inner,
-    overlay::{Stack, is_mount_point, mount_stack, unmount_all},
+    overlay::{Stack, Writable, is_mount_point, mount_stack, unmount_all},
     record::{LAYERS, ROOTFS},
     snapshot::Snapshots,
     unpack::{InRoot, copy_directory},
@@ -27,6 +34,40 @@ impl Images {
     /// Mounts a writable root file system of the image at `target`, which is made if need be.
     /// Repeating it is fine while it is mounted; what an interrupted attempt left is made anew.
     pub fn prepare_rootfs(&self, container_id: &str, image_id: &str, target: &Path) -> Result<()> {
+        self.prepare(container_id, image_id, target, Make::Rootfs, None)
+    }
+
+    /// The same for a container in a user namespace: what belongs to an id in the image
+    /// belongs to that id inside.
+    pub fn prepare_mapped_rootfs(
+        &self,
+        container_id: &str,
+        image_id: &str,
+        target: &Path,
+        ids: &IdMap,
+    ) -> Result<()> {
+        self.prepare(container_id, image_id, target, Make::Rootfs, Some(ids))
+    }
+
+    /// Whether root file systems can be mapped for user namespaces: the kernel and the file
+    /// system of the layers must both be able to.
+    pub fn check_id_maps(&self, ids: &IdMap) -> Result<()> {
+        let stack = Stack {
+            layers_dir: self.inner.snapshots.layers_dir().to_owned(),
+            lowers: vec![Snapshots::EMPTY.to_owned(), "../trash".to_owned()],
+            writable: None,
+        };
+        id_map::compose(&stack, ids).map(drop)
+    }
+
+    pub(crate) fn prepare(
+        &self,
+        container_id: &str,
+        image_id: &str,
+        target: &Path,
+        make: Make,
+        ids: Option<&IdMap>,
+    ) -> Result<()> {
         check_id(container_id)?;
         let inner = &self.inner;
         let image = self
@@ -40,7 +81,7 @@ impl Images {
             return Ok(());
         }
         inner.claim_layers(container_id, &image, target)?;
-        let result = inner.mount_rootfs(container_id, &image, target);
+        let result = inner.mount_rootfs(container_id, &image, target, make, ids);
         if result.is_err() {
             // The mount's own failure is the one to report; the record lets a retry clean up.
             let _ = self.remove_rootfs(container_id, target);
@@ -95,6 +136,15 @@ impl Images {
     }
 }
 
+/// What is made of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Make {
+    /// A file system that a container may change.
+    Rootfs,
+    /// One that nobody can.
+    Volume,
+}
+
 impl Inner {
     fn written_by(&self, container_id: &str) -> Result<Usage> {
         let upper = self.snapshots.container(container_id).join("upper");
@@ -124,19 +174,51 @@ impl Inner {
         Ok(self.store.write(|tx| tx.put(ROOTFS, container_id, &record))?)
     }
 
-    fn mount_rootfs(&self, container_id: &str, image: &ImageRecord, target: &Path) -> Result<()> {
+    fn mount_rootfs(
+        &self,
+        container_id: &str,
+        image: &ImageRecord,
+        target: &Path,
+        make: Make,
+        ids: Option<&IdMap>,
+    ) -> Result<()> {
         unmount_all(target)?;
         let dir = self.snapshots.container(container_id);
         self.snapshots.trash.take_path(&dir)?;
+        fs::create_dir(&dir).map_err(Error::file("create directory", &dir))?;
+        fs::create_dir_all(target).map_err(Error::file("create directory", target))?;
+        let chain_ids: Vec<&Digest> = image.chain_ids().collect();
+        let mut lowers = self.lowers(&chain_ids)?;
+        let writable = match make {
+            Make::Rootfs => Some(self.make_upper(&dir, chain_ids.last().copied(), ids)?),
+            Make::Volume => {
+                let none = dir.join("none");
+                fs::create_dir(&none).map_err(Error::file("create directory", &none))?;
+                lowers.push(format!("../containers/{container_id}/none"));
+                None
+            }
+        };
+        let stack = Stack { layers_dir: self.snapshots.layers_dir().to_owned(), lowers, writable };
+        match ids {
+            None => mount_stack(&stack, target),
+            Some(ids) => id_map::mount(&stack, ids, target),
+        }
+    }
+
+    /// The directories for changes, in `dir`.
+    fn make_upper(
+        &self,
+        dir: &Path,
+        top: Option<&Digest>,
+        ids: Option<&IdMap>,
+    ) -> Result<Writable> {
         let (upper, work) = (dir.join("upper"), dir.join("work"));
-        for path in [&dir, &upper, &work] {
+        for path in [&upper, &work] {
             fs::create_dir(path).map_err(Error::file("create directory", path))?;
         }
         fs::set_permissions(&upper, fs::Permissions::from_mode(0o755))
             .map_err(Error::file("set the mode of", &upper))?;
-        fs::create_dir_all(target).map_err(Error::file("create directory", target))?;
-        let chain_ids: Vec<&Digest> = image.chain_ids().collect();
-        if let Some(top) = chain_ids.last() {
+        if let Some(top) = top {
             // The merged root shows the upper directory's owner and mode, not the layer's.
             let copied = InRoot::open(&self.snapshots.layer(top))
                 .and_then(|mut from| from.directory(Path::new("")))
@@ -146,14 +228,14 @@ impl Inner {
                 });
             copied.map_err(Error::file("set attributes of", &upper))?;
         }
-        let stack = Stack {
-            layers_dir: self.snapshots.layers_dir().to_owned(),
-            lowers: self.lowers(&chain_ids)?,
-            upper,
-            work,
-            volatile: self.config.volatile_rootfs,
-        };
-        mount_stack(&stack, target)
+        if let Some(ids) = ids {
+            // Changes are stored with the ids they have on the host.
+            let owned = fs::metadata(&upper).and_then(|found| {
+                chown(&upper, Some(ids.uid(found.uid())), Some(ids.gid(found.gid())))
+            });
+            owned.map_err(Error::file("set the owner of", &upper))?;
+        }
+        Ok(Writable { upper, work, volatile: self.config.volatile_rootfs })
     }
 
     /// Layer directories, top first, down to the first one that hides the rest.

@@ -10,6 +10,11 @@
 //! No process lives in the namespaces; the mounts alone hold them. unshare(2) acts on one
 //! thread, so the thread is never one of a pool. The mounts keep the propagation of the place
 //! they are made in: a shared `/run` lets CNI daemons in their own mount namespaces see them.
+//!
+//! Namespaces that shall belong to a user namespace of the pod are made by a process instead
+//! of a thread, see [`owned`].
+
+pub mod owned;
 
 use crate::error::NetworkError;
 use crate::netlink;
@@ -40,10 +45,12 @@ pub enum Kind {
     Ipc,
     /// Host name.
     Uts,
+    /// Users and groups, and the rights over the other kinds.
+    User,
 }
 
 impl Kind {
-    /// All kinds.
+    /// All kinds that a thread can make; [`Kind::User`] takes a process ([`owned`]).
     pub const ALL: [Self; 3] = [Self::Net, Self::Ipc, Self::Uts];
 
     /// Name of the file in `/proc/<pid>/ns` and in the pod's directory.
@@ -52,6 +59,7 @@ impl Kind {
             Self::Net => "net",
             Self::Ipc => "ipc",
             Self::Uts => "uts",
+            Self::User => "user",
         }
     }
 
@@ -60,6 +68,7 @@ impl Kind {
             Self::Net => CloneFlags::CLONE_NEWNET,
             Self::Ipc => CloneFlags::CLONE_NEWIPC,
             Self::Uts => CloneFlags::CLONE_NEWUTS,
+            Self::User => CloneFlags::CLONE_NEWUSER,
         }
     }
 }
@@ -116,7 +125,7 @@ pub fn create(kinds: &[Kind], dir: &Path, setup: &Setup) -> Result<(), NetworkEr
 /// The first file that could not be unpinned; the others are removed all the same.
 pub fn remove(dir: &Path) -> Result<(), NetworkError> {
     let mut outcome = Ok(());
-    for kind in Kind::ALL {
+    for kind in Kind::ALL.into_iter().chain([Kind::User]) {
         let removed = unpin(&dir.join(kind.name()));
         outcome = outcome.and(removed);
     }
@@ -175,6 +184,19 @@ impl Pins {
         Ok(pins)
     }
 
+    /// Binds the namespaces in `from`, a `/proc/<pid>/ns`, onto the files reserved for them.
+    fn bind(&self, kinds: &[Kind], from: &Path) -> Result<(), NetworkError> {
+        for (kind, pin) in kinds.iter().zip(&self.0) {
+            let action = || format!("pin {kind} namespace at {}", pin.display());
+            rustix::mount::mount_bind(from.join(kind.name()), pin)
+                .map_err(|errno| failed(action(), errno))?;
+            if !is_pinned(pin) {
+                return Err(failed(action(), io::Error::other("the mount is not a namespace")));
+            }
+        }
+        Ok(())
+    }
+
     /// Best effort: this runs when something else has failed already.
     fn release(&self) {
         for path in &self.0 {
@@ -185,6 +207,12 @@ impl Pins {
 
 /// Runs in the fresh thread.
 fn inside(kinds: &[Kind], pins: &Pins, setup: &Setup) -> Result<(), NetworkError> {
+    enter(kinds, setup)?;
+    pins.bind(kinds, Path::new("/proc/thread-self/ns"))
+}
+
+/// Moves the calling thread into new namespaces and sets them up.
+fn enter(kinds: &[Kind], setup: &Setup) -> Result<(), NetworkError> {
     let flags = kinds.iter().fold(CloneFlags::empty(), |flags, kind| flags | kind.flag());
     let names = kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(",");
     unshare(flags).map_err(|errno| failed(format!("unshare {names}"), errno))?;
@@ -203,14 +231,6 @@ fn inside(kinds: &[Kind], pins: &Pins, setup: &Setup) -> Result<(), NetworkError
     if let (true, Some(name)) = (kinds.contains(&Kind::Uts), &setup.hostname) {
         nix::unistd::sethostname(OsStr::new(name))
             .map_err(|errno| failed(format!("set host name {name:?}"), errno))?;
-    }
-    for (kind, pin) in kinds.iter().zip(&pins.0) {
-        let own = format!("/proc/thread-self/ns/{kind}");
-        let action = || format!("pin {kind} namespace at {}", pin.display());
-        rustix::mount::mount_bind(&own, pin).map_err(|errno| failed(action(), errno))?;
-        if !is_pinned(pin) {
-            return Err(failed(action(), io::Error::other("the mount is not a namespace")));
-        }
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
 use crate::node::Node;
+use crate::pod::volumes;
 
 /// The image crate's errors as ours.
 pub(crate) trait Foreign<T> {
@@ -63,8 +64,8 @@ pub(crate) fn info(images: &Images, record: &ImageRecord) -> HashMap<String, Str
 pub(crate) fn remove_strange_rootfs(node: &Node, live: &HashSet<String>) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     for (id, record) in node.images.rootfs_list().image_error()? {
-        if !live.contains(&id) {
-            node.images.remove_rootfs(&id, &record.target).image_error()?;
+        if !live.contains(volumes::owner(&id)) {
+            node.images.remove_volume(&id, &record.target).image_error()?;
             removed.push(id);
         }
     }

@@ -53,7 +53,7 @@ pub(crate) async fn status(node: &Arc<Node>, verbose: bool) -> Result<v1::Status
     };
     let features = v1::RuntimeHandlerFeatures {
         recursive_read_only_mounts: node.facts.recursive_read_only,
-        user_namespaces: false,
+        user_namespaces: node.no_user_namespaces.is_none(),
     };
     let handler =
         |name: &&str| v1::RuntimeHandler { name: (*name).into(), features: Some(features) };
@@ -71,8 +71,8 @@ pub(crate) async fn status(node: &Arc<Node>, verbose: bool) -> Result<v1::Status
         runtime_handlers: HANDLERS.iter().map(handler).collect(),
         features: Some(v1::RuntimeFeatures {
             supplemental_groups_policy: true,
-            user_namespaces_host_network: false,
-            mount_options: false,
+            user_namespaces_host_network: node.no_user_namespaces.is_none(),
+            mount_options: true,
         }),
     })
 }
@@ -106,6 +106,10 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
         "socket": node.config.server.socket,
         "runtime": { "path": node.programs.runtime, "version": runtime },
         "monitor": node.programs.monitor,
+        "userNamespaces": match &node.no_user_namespaces {
+            None => "yes".into(),
+            Some(reason) => format!("no: {reason}"),
+        },
         "cgroupDriver": format!("{:?}", node.cgroups.driver()).to_lowercase(),
         "cgroupMode": format!("{:?}", node.cgroups.hierarchies().mode()).to_lowercase(),
         "pods": snapshot.pods().count(),

@@ -48,5 +48,6 @@ mod ticket;
 mod web;
 mod wire;
 
+pub use pinion_network::namespaces::owned as namespace_maker;
 pub use pod::shared_pid as pod_init;
 pub use services::UNBUILT;

@@ -66,6 +66,8 @@ pub(crate) struct Node {
     pub(crate) network: Network,
     pub(crate) cgroups: Cgroups,
     pub(crate) facts: HostFacts,
+    /// Why pods cannot have user namespaces of their own here, if they cannot.
+    pub(crate) no_user_namespaces: Option<String>,
     pub(crate) hugepages: Hugepages,
     pub(crate) settings: Settings,
     pub(crate) histories: Histories,
@@ -99,6 +101,7 @@ pub(crate) struct Parts {
     pub(crate) cgroups: Cgroups,
     pub(crate) facts: HostFacts,
     pub(crate) profile: Profile,
+    pub(crate) no_user_namespaces: Option<String>,
 }
 
 impl Node {
@@ -113,6 +116,7 @@ impl Node {
             network: parts.network,
             cgroups: parts.cgroups,
             facts: parts.facts,
+            no_user_namespaces: parts.no_user_namespaces,
             hugepages: Hugepages::default(),
             settings: Settings::default(),
             histories: Histories::default(),

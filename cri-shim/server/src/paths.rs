@@ -97,6 +97,11 @@ impl ContainerDirectory {
         self.0.join("rootfs")
     }
 
+    /// Where the image of a mount is mounted.
+    pub(crate) fn volume(&self, mount: usize) -> PathBuf {
+        self.0.join("volumes").join(mount.to_string())
+    }
+
     pub(crate) fn exit(&self) -> PathBuf {
         self.0.join("exit.json")
     }

@@ -70,12 +70,24 @@ pub(crate) struct Container {
     pub(crate) resources: Wire<v1::LinuxContainerResources>,
     /// The runtime's `linux.cgroupsPath`.
     pub(crate) cgroups_path: String,
+    /// The images of its image volumes.
+    #[serde(default)]
+    pub(crate) image_volumes: Vec<ImageVolume>,
     /// What it was promised.
     #[serde(default)]
     pub(crate) contract: Contract,
     /// What it holds, oldest first.
     #[serde(default)]
     pub(crate) holdings: Vec<Holding>,
+}
+
+/// An image that is mounted into a container.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct ImageVolume {
+    /// Which of the configuration's mounts it is.
+    pub(crate) mount: usize,
+    /// The image.
+    pub(crate) image_id: String,
 }
 
 /// How a container ended.
@@ -124,6 +136,13 @@ pub(crate) enum Holding {
     Rootfs {
         /// The container.
         container: String,
+    },
+    /// An image mounted for a container's volume.
+    ImageVolume {
+        /// The container.
+        container: String,
+        /// Which of its configuration's mounts it is.
+        mount: usize,
     },
     /// Hugepages in the ledger.
     Hugepages {

@@ -25,6 +25,7 @@ use crate::config::{CgroupDriver, Config};
 use crate::error::{Context, Error, Kind, Result};
 use crate::node::{Node, Parts};
 use crate::paths::Paths;
+use crate::pod::users;
 use crate::profile::{self, Profile};
 use crate::programs::Programs;
 use crate::services::{AdminApi, DeadlineLayer, ImageApi, MAX_MESSAGE, RuntimeApi};
@@ -123,6 +124,10 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
     });
     let facts = cgroups.host_facts();
     let profile = Profile::load(config.node.profile.clone());
+    let no_user_namespaces = users::probe(&images, paths.run_dir());
+    if let Some(reason) = &no_user_namespaces {
+        tracing::info!(reason, "pods cannot have user namespaces of their own here");
+    }
     let node = Node::new(Parts {
         config,
         programs,
@@ -132,6 +137,7 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         cgroups,
         facts,
         profile,
+        no_user_namespaces,
     });
     if let Some(moved) = opened.quarantined {
         node.find(format!(

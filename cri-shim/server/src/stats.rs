@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use pinion_cgroup::stats::{Pressure, PressureLine};
 use pinion_cgroup::{Cgroup, Usage};
 use pinion_cri_proto::v1::*;
 use pinion_image::Usage as DiskUsage;
@@ -74,10 +75,11 @@ pub(crate) async fn containers(
 }
 
 fn container(node: &Node, record: &Container) -> ContainerStats {
-    let usage = (record.phase() != Phase::Exited)
+    let cgroup = (record.phase() != Phase::Exited)
         .then(|| node.cgroups.container(&record.cgroups_path, &record.id).ok())
-        .flatten()
-        .and_then(|cgroup| usage(&cgroup));
+        .flatten();
+    let usage = cgroup.as_ref().and_then(usage);
+    let psi = psi(cgroup.as_ref().filter(|_| usage.is_some()));
     let disk = disk(node, &record.id);
     let now = ids::now();
     ContainerStats {
@@ -87,8 +89,8 @@ fn container(node: &Node, record: &Container) -> ContainerStats {
             labels: record.config.labels.clone(),
             annotations: record.config.annotations.clone(),
         }),
-        cpu: usage.map(|u| cpu(node, &record.id, &u)),
-        memory: usage.map(|u| memory(&u)),
+        cpu: usage.map(|u| CpuUsage { psi: psi.cpu, ..cpu(node, &record.id, &u) }),
+        memory: usage.map(|u| MemoryUsage { psi: psi.memory, ..memory(&u) }),
         writable_layer: Some(FilesystemUsage {
             timestamp: now,
             fs_id: Some(FilesystemIdentifier {
@@ -102,8 +104,40 @@ fn container(node: &Node, record: &Container) -> ContainerStats {
             swap_available_bytes: None,
             swap_usage_bytes: value(u.swap_bytes),
         }),
-        io: None,
+        io: io(psi.io, now),
     }
+}
+
+/// Pressure stall information as CRI has it; `None` where the kernel gives none.
+#[derive(Debug, Clone, Copy, Default)]
+struct Psi {
+    cpu: Option<PsiStats>,
+    memory: Option<PsiStats>,
+    io: Option<PsiStats>,
+}
+
+fn psi(cgroup: Option<&Cgroup>) -> Psi {
+    let read = |cgroup: &Cgroup| {
+        let read = cgroup.pressures();
+        read.inspect_err(|error| tracing::debug!(%error, "pressure not read")).ok()
+    };
+    let found = cgroup.and_then(read).unwrap_or_default();
+    // CRI counts stalls in nanoseconds, the kernel in microseconds.
+    let data = |line: &PressureLine| PsiData {
+        total: line.total.saturating_mul(1000),
+        avg10: line.avg10,
+        avg60: line.avg60,
+        avg300: line.avg300,
+    };
+    let stats = |pressure: Pressure| PsiStats {
+        full: Some(data(&pressure.full)),
+        some: Some(data(&pressure.some)),
+    };
+    Psi { cpu: found.cpu.map(stats), memory: found.memory.map(stats), io: found.io.map(stats) }
+}
+
+fn io(psi: Option<PsiStats>, timestamp: i64) -> Option<IoUsage> {
+    psi.map(|psi| IoUsage { timestamp, psi: Some(psi) })
 }
 
 /// The numbers of a cgroup that exists.
@@ -158,15 +192,13 @@ pub(crate) async fn pods(
 
 fn one_pod(node: &Node, pod: &PodView) -> PodSandboxStats {
     let sandbox = &pod.sandbox;
-    let usage = node
-        .cgroups
-        .parent(&sandbox.cgroup_parent)
-        .ok()
-        .and_then(|paths| usage(&Cgroup::open(paths)));
+    let cgroup = node.cgroups.parent(&sandbox.cgroup_parent).ok().map(Cgroup::open);
+    let usage = cgroup.as_ref().and_then(usage);
+    let psi = psi(cgroup.as_ref().filter(|_| usage.is_some()));
     let now = ids::now();
     let linux = LinuxPodSandboxStats {
-        cpu: usage.map(|u| cpu(node, &sandbox.id, &u)),
-        memory: usage.map(|u| memory(&u)),
+        cpu: usage.map(|u| CpuUsage { psi: psi.cpu, ..cpu(node, &sandbox.id, &u) }),
+        memory: usage.map(|u| MemoryUsage { psi: psi.memory, ..memory(&u) }),
         network: netdev::of_pod(node, sandbox).map(|list| network(&list, now)),
         process: usage.map(|u| ProcessUsage { timestamp: now, process_count: value(u.pids) }),
         containers: pod
@@ -175,7 +207,7 @@ fn one_pod(node: &Node, pod: &PodView) -> PodSandboxStats {
             .filter(|c| c.phase() == Phase::Running)
             .map(|c| container(node, c))
             .collect(),
-        io: None,
+        io: io(psi.io, now),
     };
     PodSandboxStats {
         attributes: Some(PodSandboxAttributes {

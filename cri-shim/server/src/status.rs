@@ -94,7 +94,7 @@ pub(crate) fn container_status(container: &Container) -> v1::ContainerStatus {
         message: exit.map(|e| e.message.clone()).unwrap_or_default(),
         labels: container.config.labels.clone(),
         annotations: container.config.annotations.clone(),
-        mounts: container.config.mounts.clone(),
+        mounts: mounts(container),
         log_path: container.log_path.to_string_lossy().into_owned(),
         resources: Some(v1::ContainerResources {
             linux: Some(container.resources.0.clone()),
@@ -104,6 +104,17 @@ pub(crate) fn container_status(container: &Container) -> v1::ContainerStatus {
         user: Some(v1::ContainerUser { linux: Some(container.user.0.clone()) }),
         stop_signal: stop_signal(container).into(),
     }
+}
+
+/// The mounts as asked for, image volumes with the image that is mounted.
+fn mounts(container: &Container) -> Vec<v1::Mount> {
+    let mut mounts = container.config.mounts.clone();
+    for volume in &container.image_volumes {
+        if let Some(image) = mounts.get_mut(volume.mount).and_then(|m| m.image.as_mut()) {
+            image.image_ref.clone_from(&volume.image_id);
+        }
+    }
+    mounts
 }
 
 /// The image as the user named it, so that kubelet shows a name and not a digest.

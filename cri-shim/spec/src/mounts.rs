@@ -205,9 +205,15 @@ fn bind<'a>(
         return refuse("container_path", "\"/\" is the root filesystem's place".to_owned());
     }
     let image = mount.image.as_ref().is_some_and(|image| !image.image.is_empty());
+    if !image && !mount.image_sub_path.is_empty() {
+        return refuse("image_sub_path", "only an image volume has one".to_owned());
+    }
     let (source, fact) = if image {
         if !mount.host_path.is_empty() {
             return refuse("host_path", "a mount has either a host path or an image".to_owned());
+        }
+        if !mount.readonly {
+            return refuse("readonly", "an image volume cannot be writable".to_owned());
         }
         let Some(source) = context.paths.image_volumes.get(&mount.container_path) else {
             let reason = "the image volume is not mounted on this host";
@@ -235,7 +241,7 @@ fn bind<'a>(
         source,
         missing: fact == MountSource::Missing,
         propagation,
-        access: access(mount, image, propagation, field, context.host)?,
+        access: access(mount, propagation, field, context.host)?,
         extra: &mount.mount_options,
         ids: [
             namespaces::mappings(&mount.uid_mappings, &format!("{field}.uid_mappings"))?,
@@ -247,16 +253,15 @@ fn bind<'a>(
 /// `rw`, `ro` or recursively read-only (KEP-3857), which needs a private read-only mount.
 fn access(
     mount: &v1::Mount,
-    image: bool,
     propagation: MountPropagation,
     field: &str,
     host: &HostFacts,
 ) -> Result<&'static str, SpecError> {
     if !mount.recursive_read_only {
-        return Ok(if mount.readonly || image { "ro" } else { "rw" });
+        return Ok(if mount.readonly { "ro" } else { "rw" });
     }
     let field = format!("{field}.recursive_read_only");
-    if !mount.readonly && !image {
+    if !mount.readonly {
         return Err(SpecError::invalid(field, "conflicts with a writable mount"));
     }
     if propagation != MountPropagation::PropagationPrivate {

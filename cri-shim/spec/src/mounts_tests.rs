@@ -158,7 +158,12 @@ fn image_volumes_are_read_only_binds_of_what_the_server_mounted() {
     let case = Case::new();
     let mut asked = mount("/models", "");
     asked.image = Some(ImageSpec { image: "model:1".into(), ..Default::default() });
+    assert_eq!(case.run(&[asked.clone()]).unwrap_err().field, "mounts[0].readonly");
+    asked.readonly = true;
     assert_eq!(case.options(asked.clone()), ["rbind", "rprivate", "ro"]);
+    let mut part = mount("/data", "/private");
+    part.image_sub_path = "etc".into();
+    assert_eq!(case.run(&[part]).unwrap_err().field, "mounts[0].image_sub_path");
     asked.container_path = "/other".into();
     assert_eq!(case.run(&[asked.clone()]).unwrap_err().field, "mounts[0].image");
     asked.host_path = "/private".into();

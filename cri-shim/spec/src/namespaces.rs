@@ -62,6 +62,14 @@ pub(crate) fn modes(
         let reason = "differs from the pod's user namespace";
         return Err(SpecError::invalid(format!("{FIELD}.userns_options"), reason));
     }
+    let ids = |options: &NamespaceOption| {
+        let user = options.userns_options.clone().unwrap_or_default();
+        (user.uids, user.gids)
+    };
+    if user && ids(own) != ids(pod_options) {
+        let reason = "the ids differ from those of the pod's user namespace";
+        return Err(SpecError::invalid(format!("{FIELD}.userns_options"), reason));
+    }
     Ok(Modes {
         host_network: host(pod_options.network, "network")?,
         host_ipc: host(pod_options.ipc, "ipc")?,

@@ -9,7 +9,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 use crate::hierarchy::Hierarchies;
 use crate::path::{CgroupPaths, Driver};
 use crate::resources::{self, Layout, Undo, hugepage_sizes};
-use crate::stats::{Stats, Usage};
+use crate::stats::{Pressures, Stats, Usage};
 use crate::systemd::Scope;
 use crate::{Error, Result, devices, enable, file, freeze, kill};
 
@@ -314,6 +314,14 @@ impl Cgroup {
             self.v2_dir().map_or_else(|| Err(Error::NoHierarchy), Usage::read_v2)
         } else {
             Usage::read_v1(&self.v1_dirs())
+        }
+    }
+
+    /// Pressure stall information; nothing on cgroup v1, which has none.
+    pub fn pressures(&self) -> Result<Pressures> {
+        match self.v2_dir() {
+            Some(directory) if self.paths.is_v2() => Pressures::read(directory),
+            _ => Ok(Pressures::default()),
         }
     }
 

@@ -93,6 +93,7 @@ fn bring_up(
     let rdt = make_rdt_groups(spec, options.id, guard)?;
     let opened = Opened::open(&plan.namespaces)?;
     let prepared = prepare_sources(plan)?;
+    let prepared_root = prepare_root(plan)?;
     let listener = paths::listen(lock.directory().as_fd(), &guard.directory.start_socket())?;
     let (channel, theirs) = Channel::pair().doing(|| "socketpair".into())?;
     let mut init = Some((
@@ -105,6 +106,7 @@ fn bring_up(
             join: crate::child::Join::Done,
             namespaces: clone_all(&opened.others)?,
             prepared,
+            prepared_root,
             console: options.console,
             no_pivot: options.no_pivot,
             new_keyring: !options.no_new_keyring,
@@ -309,6 +311,22 @@ pub(crate) fn check_descriptors(preserved: u32) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A detached copy of the root for a process that will be root in a user namespace only: the
+/// directories above it are closed to such a one.
+fn prepare_root(plan: &Plan) -> Result<Option<OwnedFd>> {
+    if !plan.namespaces.has(LinuxNamespaceType::User) {
+        return Ok(None);
+    }
+    let path = &plan.root.path;
+    let opened = crate::rootfs::open_source(path)?;
+    match crate::rootfs::copy_of(opened.as_fd(), true) {
+        Ok(tree) => Ok(Some(tree)),
+        // Without the right to mount here, or without the call, the process tries itself.
+        Err(rustix::io::Errno::PERM | rustix::io::Errno::NOSYS) => Ok(None),
+        Err(error) => Ok(Err(error).doing(|| format!("open_tree {}", path.display()))?),
+    }
 }
 
 /// Opens the sources of bind mounts that the process itself could not open or change: those

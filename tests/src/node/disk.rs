@@ -103,7 +103,8 @@ pub(crate) fn payload(assets: &Assets, parts: &Parts, job: &Job) -> Result<tempf
         let name = program.file_name().ok_or_else(|| Error::check("a program has no name"))?;
         install(program, &bin.join(name))?;
     }
-    let clients: &[tools::Tool] = if job.clients { &[tools::CRITEST, tools::CRICTL] } else { &[] };
+    let clients: &[tools::Tool] =
+        if job.clients { &[tools::CRITEST, tools::CRICTL, tools::GINKGO] } else { &[] };
     for tool in clients.iter().chain(job.kubelet.then_some(&tools::KUBELET)) {
         install(&assets.tool(tool)?, &bin.join(tool.name))?;
     }

@@ -15,7 +15,7 @@ fn stack(dir: &Path, layers: usize) -> Stack {
     let (upper, work) = (dir.join("upper"), dir.join("work"));
     fs::create_dir_all(&upper).unwrap();
     fs::create_dir_all(&work).unwrap();
-    Stack { layers_dir, lowers, upper, work, volatile: true }
+    Stack { layers_dir, lowers, writable: Some(Writable { upper, work, volatile: true }) }
 }
 
 fn try_out(how: impl Fn(&Stack, &Path) -> Result<()>, dir: &Path, layers: usize) {
@@ -29,7 +29,7 @@ fn try_out(how: impl Fn(&Stack, &Path) -> Result<()>, dir: &Path, layers: usize)
         assert_eq!(fs::read_to_string(target.join("which")).unwrap(), "0", "the first is on top");
         assert!(target.join(format!("f{}", layers - 1)).exists());
         fs::write(target.join("new"), "written").unwrap();
-        assert_eq!(fs::read_to_string(stack.upper.join("new")).unwrap(), "written");
+        assert_eq!(fs::read_to_string(dir.join("upper/new")).unwrap(), "written");
     });
     unmount_all(&target).unwrap();
     unmount_all(&target).unwrap();
@@ -72,6 +72,22 @@ fn paths_too_long_for_the_new_api_are_mounted_the_old_way() {
     let dir = scratch.path().join("n".repeat(200)).join("m".repeat(100));
     fs::create_dir_all(&dir).unwrap();
     try_out(mount_stack, &dir, 3);
+}
+
+#[test]
+fn a_stack_without_a_place_for_changes_is_read_only() {
+    for how in [new_api as fn(&Stack, &Path) -> Result<()>, by_mount] {
+        let scratch = scratch();
+        let stack = Stack { writable: None, ..stack(scratch.path(), 2) };
+        let target = scratch.path().join("merged");
+        fs::create_dir_all(&target).unwrap();
+        how(&stack, &target).unwrap();
+        let written = fs::write(target.join("new"), "x");
+        let read = fs::read_to_string(target.join("which"));
+        unmount_all(&target).unwrap();
+        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(read.unwrap(), "0");
+    }
 }
 
 #[test]

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::actor::Seed;
 use super::create::spec_error;
 use super::release::{self, Release};
-use super::{network, shared_pid};
+use super::{network, shared_pid, users};
 use crate::admission::{Admit, Settled};
 use crate::contract::Handler;
 use crate::error::{Context, Error, Kind, Result};
@@ -67,6 +67,7 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
         return Err(Error::invalid("config.metadata: a pod needs a name and a uid"));
     }
     Handler::parse(&request.runtime_handler)?;
+    let users = users::check(node, &config)?;
     let id = ids::random_id()?;
     let asked = config.linux.as_ref().map_or("", |l| l.cgroup_parent.as_str());
     let cgroup_parent = node.cgroups.parent_for(asked, &id);
@@ -81,7 +82,7 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
     let namespaces = sandbox.namespaces();
     let host = |mode: NamespaceMode| mode == NamespaceMode::Node;
     let mut holdings = vec![Holding::PodDirectory, Holding::PodCgroup { parent: cgroup_parent }];
-    if !host(namespaces.network()) || !host(namespaces.ipc()) {
+    if !host(namespaces.network()) || !host(namespaces.ipc()) || users.is_some() {
         holdings.push(Holding::Namespaces);
     }
     if !host(namespaces.ipc()) {
@@ -252,8 +253,8 @@ fn prepare(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let host_dns = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let dns =
         pinion_spec::pod::resolv_conf(config.dns_config.as_ref(), &host_dns).map_err(spec_error)?;
-    write(&directory.hostname(), &format!("{hostname}\n"))?;
-    write(&directory.resolv_conf(), &dns)?;
+    write(sandbox, &directory.hostname(), &format!("{hostname}\n"))?;
+    write(sandbox, &directory.resolv_conf(), &dns)?;
 
     network::make_namespaces(node, sandbox, &hostname)?;
     if sandbox.holdings.contains(&Holding::Shm) {
@@ -261,7 +262,9 @@ fn prepare(node: &Node, sandbox: &Sandbox) -> Result<()> {
         let what = || format!("mount {}", shm.display());
         fs::create_dir_all(&shm).context(what)?;
         let size = node.config.runtime.shm_size;
-        let options = std::ffi::CString::new(format!("mode=1777,size={size}")).context(what)?;
+        let (uid, gid) = users::root(sandbox);
+        let options = format!("mode=1777,size={size},uid={uid},gid={gid}");
+        let options = std::ffi::CString::new(options).context(what)?;
         let flags = MountFlags::NOEXEC | MountFlags::NOSUID | MountFlags::NODEV;
         mount("shm", &shm, "tmpfs", flags, options.as_c_str()).context(what)?;
     }
@@ -279,11 +282,13 @@ fn write_hosts(node: &Node, sandbox: &Sandbox) -> Result<()> {
         let addresses: Vec<_> = sandbox.ips.iter().filter_map(|ip| ip.parse().ok()).collect();
         pinion_spec::pod::hosts(&hostname, &addresses)
     };
-    write(&directory.hosts(), &text)
+    write(sandbox, &directory.hosts(), &text)
 }
 
 /// Files that containers bind: read-only mounts of them are the containers' affair.
-fn write(path: &std::path::Path, text: &str) -> Result<()> {
+fn write(sandbox: &Sandbox, path: &std::path::Path, text: &str) -> Result<()> {
+    let (uid, gid) = users::root(sandbox);
     pinion_sys::atomic_file::write_volatile(path, text.as_bytes(), 0o644)
+        .and_then(|()| std::os::unix::fs::chown(path, Some(uid), Some(gid)))
         .context(|| format!("write {}", path.display()))
 }

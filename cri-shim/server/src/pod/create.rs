@@ -4,6 +4,7 @@
 //! configuration → monitor. Everything it may hold is committed with the intent, so a crash
 //! or an error at any step gives all of it back.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use pinion_monitor_proto::message;
 use pinion_spec::{Accounts, Built, HostPaths, Inputs, Kind as SpecKind, Settings, SpecError};
 
 use super::operations::{Context, Failed};
-use super::release;
+use super::{release, users, volumes};
 use crate::annotations::Wishes;
 use crate::contract::devices::{self, Devices};
 use crate::contract::{self, Decision, cpus, hugepages};
@@ -109,6 +110,13 @@ async fn plan(
     }
     holdings.push(Holding::Rootfs { container: container.clone() });
     holdings.extend(devices.holding(id));
+    let image_volumes = volumes::find(&context.node, config)?;
+    holdings.extend(
+        image_volumes.iter().map(|volume| Holding::ImageVolume {
+            container: container.clone(),
+            mount: volume.mount,
+        }),
+    );
     holdings.push(Holding::RuntimeContainer { container: container.clone() });
     let resources = config.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default();
     let record = Container {
@@ -125,6 +133,7 @@ async fn plan(
             id,
         )
         .map_err(spec_error)?,
+        image_volumes,
         contract: decision.contract.clone(),
         holdings,
         ..Default::default()
@@ -276,10 +285,15 @@ fn prepare(
     if let Some(parent) = record.log_path.parent().filter(|p| !p.as_os_str().is_empty()) {
         fs::create_dir_all(parent).context(|| format!("create {}", parent.display()))?;
     }
-    node.images.prepare_rootfs(&record.id, &record.image_id, &rootfs).image_error()?;
+    match users::id_map(node, &context.sandbox) {
+        None => node.images.prepare_rootfs(&record.id, &record.image_id, &rootfs),
+        Some(ids) => node.images.prepare_mapped_rootfs(&record.id, &record.image_id, &rootfs, &ids),
+    }
+    .image_error()?;
+    let volumes = volumes::mount(node, &context.sandbox, record)?;
     devices.bind()?;
     let config = devices.extend(&record.config);
-    let (built, nodes) = build(context, record, decision, (&config, devices), &rootfs)?;
+    let (built, nodes) = build(context, record, decision, (&config, devices), &rootfs, volumes)?;
     for source in &built.missing_sources {
         fs::create_dir_all(source).context(|| format!("create {}", source.display()))?;
     }
@@ -293,12 +307,14 @@ fn build(
     decision: &Decision,
     (config, devices): (&v1::ContainerConfig, &Devices),
     rootfs: &Path,
+    volumes: BTreeMap<String, PathBuf>,
 ) -> Result<(Built, Vec<pinion_device::Demand>)> {
     let node = &context.node;
     let sandbox = context.sandbox.config_in_force();
     let image = node.images.config(&record.image_id).image_error()?;
-    let paths = HostPaths::inspect(config)
+    let mut paths = HostPaths::inspect(config)
         .kind(Kind::Invalid, || "look at the request's host paths".to_string())?;
+    paths.image_volumes = volumes;
     let passwd = read_inside(rootfs, "etc/passwd");
     let group = read_inside(rootfs, "etc/group");
     let security = record.config.linux.as_ref().and_then(|l| l.security_context.as_ref());

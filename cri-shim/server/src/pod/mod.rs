@@ -21,6 +21,8 @@ mod reconnect;
 mod release;
 mod schedule;
 pub mod shared_pid;
+pub(crate) mod users;
+pub(crate) mod volumes;
 
 use std::time::Duration;
 
@@ -153,7 +155,7 @@ pub(crate) fn lend(node: &Node, sandbox: &Sandbox) -> PodPaths {
             // Pods on the host's network have the host's name as well.
             uts: pinned(net, "uts"),
             pid: shared_pid::namespace(node, sandbox),
-            user: None,
+            user: pinned(users::of(sandbox).is_some(), "user"),
         },
         hosts: Some(directory.hosts()),
         hostname: Some(directory.hostname()),

@@ -9,6 +9,7 @@ use pinion_network::namespaces::{self, Setup};
 use pinion_network::{Dns, NetworkError, PodNetwork, PortMapping, Protocol};
 
 use super::create::spec_error;
+use super::users;
 use crate::error::{Context, Error, Kind, Result};
 use crate::node::Node;
 use crate::record::Sandbox;
@@ -26,11 +27,18 @@ fn kinds(sandbox: &Sandbox) -> Vec<namespaces::Kind> {
     kinds
 }
 
+/// The same with the user namespace that owns them, if the pod has one.
+fn pinned_kinds(sandbox: &Sandbox) -> Vec<namespaces::Kind> {
+    let user = users::of(sandbox).map(|_| namespaces::Kind::User);
+    kinds(sandbox).into_iter().chain(user).collect()
+}
+
 /// Makes and pins them, with the pod's host name and sysctls inside. Blocks.
 pub(crate) fn make_namespaces(node: &Node, sandbox: &Sandbox, hostname: &str) -> Result<()> {
     let sysctls = pinion_spec::pod::sysctls(&sandbox.config).map_err(spec_error)?;
     let kinds = kinds(sandbox);
-    if kinds.is_empty() {
+    let user = users::of(sandbox);
+    if kinds.is_empty() && user.is_none() {
         return Ok(());
     }
     let sysctls = sysctls.net.into_iter().chain(sysctls.ipc);
@@ -39,7 +47,11 @@ pub(crate) fn make_namespaces(node: &Node, sandbox: &Sandbox, hostname: &str) ->
         sysctls: sysctls.map(|s| (s.path, s.value)).collect(),
     };
     let directory = node.paths.pod(&sandbox.id).namespaces();
-    namespaces::create(&kinds, &directory, &setup).map_err(network_error)
+    let made = match user {
+        None => namespaces::create(&kinds, &directory, &setup),
+        Some(ids) => namespaces::owned::create(&kinds, &directory, &setup, &users::to_be_made(ids)),
+    };
+    made.map_err(network_error)
 }
 
 /// Whether the pod's namespaces are all there: not so after a restart of the node.
@@ -47,7 +59,7 @@ pub(crate) fn namespaces_pinned(node: &Node, sandbox: &Sandbox) -> bool {
     let directory = node.paths.pod(&sandbox.id);
     let pins = directory.namespaces();
     directory.path().exists()
-        && kinds(sandbox).iter().all(|kind| namespaces::is_pinned(&pins.join(kind.name())))
+        && pinned_kinds(sandbox).iter().all(|kind| namespaces::is_pinned(&pins.join(kind.name())))
 }
 
 /// Attaches the pod to its network; its addresses, the primary one first.

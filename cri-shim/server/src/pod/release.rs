@@ -18,6 +18,8 @@ use crate::node::Node;
 use crate::record::{Holding, Sandbox};
 use crate::services::blocking;
 
+use super::volumes;
+
 /// How long a creation that was interrupted may go on in the monitor.
 const CREATE_LIMIT: Duration = Duration::from_secs(15);
 
@@ -41,6 +43,7 @@ impl Holding {
             | Self::Shm
             | Self::Network
             | Self::Monitor
+            | Self::ImageVolume { .. }
             | Self::Hugepages { .. }
             | Self::Settings { .. }
             | Self::Cpus { .. }
@@ -117,6 +120,11 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
                     .context(|| format!("remove root filesystem of {container}"))
             })
             .await
+        }
+        Holding::ImageVolume { container, mount } => {
+            let (node, container, mount) = (node.clone(), container.clone(), *mount);
+            let target = directory.container(&container).volume(mount);
+            blocking(move || volumes::remove(&node, &container, mount, &target)).await
         }
         Holding::Hugepages { container } => hugepages::release(node, container).await,
         Holding::Settings { container } => settings::release(node, container).await,

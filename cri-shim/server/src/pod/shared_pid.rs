@@ -43,7 +43,10 @@ pub(crate) async fn start(node: &Node, sandbox: &Sandbox, monitor: &Client) -> R
     let id = &sandbox.id;
     let directory = node.paths.pod(id).container(id);
     let rootfs = directory.rootfs();
-    fs::create_dir_all(&rootfs).context(|| format!("create {}", rootfs.display()))?;
+    let (uid, gid) = super::users::root(sandbox);
+    fs::create_dir_all(&rootfs)
+        .and_then(|()| std::os::unix::fs::chown(&rootfs, Some(uid), Some(gid)))
+        .context(|| format!("create {}", rootfs.display()))?;
     let binary = std::env::current_exe().context(|| "find this executable".to_string())?;
     let spec = init_spec(&PodInit {
         sandbox_id: id,

@@ -60,7 +60,11 @@ pub fn init_spec(init: &PodInit<'_>) -> Result<Spec, SpecError> {
     let parent = init.sandbox.linux.as_ref().map(|linux| linux.cgroup_parent.as_str());
     let path = cgroups_path(init.cgroup_driver, parent.unwrap_or_default(), init.sandbox_id)?;
     let adj = resources::oom_score_adj(Some(&asked), init.host, &mut Vec::new())?;
-    assemble(init, list, limits, &path, adj.unwrap_or_default())
+    // The last id, where a user namespace has fewer.
+    let ids = super::user_namespace(init.sandbox)?;
+    let nobody =
+        ids.map_or(NOBODY, |ids| NOBODY.min(ids.uids.count.min(ids.gids.count).saturating_sub(1)));
+    assemble(init, list, limits, &path, (nobody, adj.unwrap_or_default()))
         .map_err(|error| SpecError::invalid("linux", error.to_string()))
 }
 
@@ -69,9 +73,9 @@ fn assemble(
     namespaces: Vec<LinuxNamespace>,
     resources: LinuxResources,
     cgroups_path: &str,
-    oom_score_adj: i32,
+    (nobody, oom_score_adj): (u32, i32),
 ) -> Result<Spec, OciSpecError> {
-    let user = UserBuilder::default().uid(NOBODY).gid(NOBODY).build()?;
+    let user = UserBuilder::default().uid(nobody).gid(nobody).build()?;
     let none = oci_spec::runtime::Capabilities::new;
     let capabilities = LinuxCapabilitiesBuilder::default()
         .bounding(none())

@@ -5,6 +5,7 @@
 //! numbers at zero: statistics never fail for want of a controller.
 
 mod parse;
+mod pressures;
 mod usage;
 mod v1;
 mod v2;
@@ -17,6 +18,7 @@ pub(crate) use parse::value_of;
 pub(crate) use v1::read as read_v1;
 pub(crate) use v2::read as read_v2;
 
+pub use pressures::Pressures;
 pub use usage::Usage;
 
 fn is_zero(value: &u64) -> bool {

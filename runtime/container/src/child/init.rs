@@ -64,6 +64,8 @@ pub struct Init<'a> {
     pub namespaces: Vec<OwnedFd>,
     /// Detached source trees, by position in the plan's mounts.
     pub prepared: Vec<Option<OwnedFd>>,
+    /// The same of the root, for a process that will be root in a user namespace only.
+    pub prepared_root: Option<OwnedFd>,
     /// Where the master of the terminal goes.
     pub console: Option<OwnedFd>,
     /// `--no-pivot`.
@@ -90,7 +92,8 @@ impl Init<'_> {
 /// Runs the process on `channel`; returns its exit code if it does not become the program.
 pub fn run(init: Init<'_>, mut channel: Channel) -> i32 {
     let own = [init.listener.as_raw_fd()].into_iter();
-    let optional = init.prepared.iter().flatten().chain(&init.namespaces).chain(&init.console);
+    let optional = init.prepared.iter().flatten().chain(&init.prepared_root);
+    let optional = optional.chain(&init.namespaces).chain(&init.console);
     let own: Vec<RawFd> = own.chain(optional.map(AsRawFd::as_raw_fd)).collect();
     let outcome = keep_only(&own, &channel, init.keep_fds)
         .during(Step::Enter)
@@ -224,7 +227,8 @@ fn build_root(
         paths: init.cgroup.paths(),
         namespaced: plan.namespaces.has(LinuxNamespaceType::Cgroup),
     };
-    let mut rootfs = Rootfs::enter(&plan.root, cgroups).during(Step::Rootfs)?;
+    let mut rootfs =
+        Rootfs::enter(&plan.root, cgroups, init.prepared_root.take()).during(Step::Rootfs)?;
     let mut prepared = std::mem::take(&mut init.prepared).into_iter();
     for mount in &plan.mounts {
         rootfs.mount(mount, prepared.next().flatten()).during(Step::Rootfs)?;

@@ -59,10 +59,16 @@ pub struct Rootfs<'a> {
 
 impl<'a> Rootfs<'a> {
     /// Cuts the mount namespace off from the host's and makes `plan.path` a mount of its own.
+    /// `prepared` is a detached copy of what is at `plan.path`, made before the process entered
+    /// a user namespace whose root may have no right to go there.
     ///
     /// # Errors
     /// Names the call that failed.
-    pub fn enter(plan: &RootPlan, cgroups: CgroupSource<'a>) -> Result<Self, Failure> {
+    pub fn enter(
+        plan: &RootPlan,
+        cgroups: CgroupSource<'a>,
+        prepared: Option<OwnedFd>,
+    ) -> Result<Self, Failure> {
         let (propagation, recursive) = match plan.propagation {
             // An unbindable root could not be bound below; it becomes that at the end.
             None | Some((libc::MS_UNBINDABLE, _)) => (libc::MS_SLAVE, true),
@@ -70,6 +76,15 @@ impl<'a> Rootfs<'a> {
         };
         let host_root = open_path(Path::new("/"))?;
         attach::set_propagation(host_root.as_fd(), &[(propagation, recursive)])?;
+        let root = match prepared {
+            Some(tree) => place_root(tree, &plan.path, propagation)?,
+            None => Self::bind_root(plan, propagation)?,
+        };
+        attach::set_propagation(root.as_fd(), &[(libc::MS_PRIVATE, false)])?;
+        Ok(Self { root: Root::new(root), cgroups, proc: None, devpts: None })
+    }
+
+    fn bind_root(plan: &RootPlan, propagation: u64) -> Result<OwnedFd, Failure> {
         let missing = || format!("open the rootfs {}", plan.path.display());
         let target = rustix::fs::open(
             &plan.path,
@@ -79,10 +94,8 @@ impl<'a> Rootfs<'a> {
         .doing(missing)?;
         // pivot_root refuses a root whose parent mount is shared.
         make_parent_private(&plan.path, propagation)?;
-        let root = bind(target.as_fd(), target.as_fd(), true, &MountOptions::default())
-            .map_err(|f| Failure { what: format!("bind the rootfs: {}", f.what), ..f })?;
-        attach::set_propagation(root.as_fd(), &[(libc::MS_PRIVATE, false)])?;
-        Ok(Self { root: Root::new(root), cgroups, proc: None, devpts: None })
+        bind(target.as_fd(), target.as_fd(), true, &MountOptions::default())
+            .map_err(|f| Failure { what: format!("bind the rootfs: {}", f.what), ..f })
     }
 
     /// The root directory.
@@ -250,6 +263,24 @@ fn bind_host_sysfs(target: BorrowedFd<'_>, options: &MountOptions) -> Result<(),
     options.attributes = Attributes::default();
     options.recursive.set |= libc::MOUNT_ATTR_RDONLY;
     bind(source.as_fd(), target, true, &options).map(drop)
+}
+
+/// Mounts the root at its path, or at the nearest directory above it that this process may
+/// name: pivot_root(2) asks for a mount, and where it was does not matter afterwards.
+fn place_root(tree: OwnedFd, path: &Path, propagation: u64) -> Result<OwnedFd, Failure> {
+    use rustix::fs::OFlags;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    for directory in path.ancestors() {
+        let target = match rustix::fs::open(directory, flags, Mode::empty()) {
+            Err(rustix::io::Errno::ACCESS) => continue,
+            other => other.doing(|| format!("open {}", directory.display()))?,
+        };
+        make_parent_private(directory, propagation)?;
+        attach::place(tree.as_fd(), target.as_fd())
+            .doing(|| format!("mount the rootfs at {}", directory.display()))?;
+        return Ok(tree);
+    }
+    Err(Failure::refused(format!("no directory above {} can be opened", path.display())))
 }
 
 /// The mount that contains `path` gets out of every peer group.
