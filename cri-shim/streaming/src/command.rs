@@ -27,6 +27,9 @@ pub(crate) struct Channels {
     pub(crate) stdout: Option<Output>,
     pub(crate) stderr: Option<Output>,
     pub(crate) error: Option<Output>,
+    /// Our halves of the client's own streams. Nothing is sent on them, but clients take their
+    /// end for the end of the process and close their input.
+    pub(crate) held: Vec<WriteHalf>,
     /// Whether the error stream carries a Status object (v4 and later).
     pub(crate) structured: bool,
     /// Becomes true when the client is gone.
@@ -88,6 +91,7 @@ pub(crate) async fn accept(
         stdout: None,
         stderr: None,
         error: None,
+        held: Vec::new(),
         structured: version >= 4,
         gone: connection.gone(),
     };
@@ -106,10 +110,16 @@ pub(crate) async fn accept(
             let kind = stream.header("streamtype").unwrap_or_default().to_owned();
             match kind.as_str() {
                 "error" => channels.error = Some(Output::Spdy(stream.write)),
-                "stdin" => channels.stdin = Some(stream.read),
+                "stdin" => {
+                    channels.stdin = Some(stream.read);
+                    channels.held.push(stream.write);
+                }
                 "stdout" => channels.stdout = Some(Output::Spdy(stream.write)),
                 "stderr" => channels.stderr = Some(Output::Spdy(stream.write)),
-                "resize" => channels.resize = Some(stream.read),
+                "resize" => {
+                    channels.resize = Some(stream.read);
+                    channels.held.push(stream.write);
+                }
                 other => return Err(format!("the client opened a stream of type {other:?}")),
             }
         }

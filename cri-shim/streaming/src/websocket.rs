@@ -144,6 +144,7 @@ where
         stdout: wanted.stdout.then(|| output(STDOUT)),
         stderr: wanted.stderr.then(|| output(STDERR)),
         error: Some(output(ERROR)),
+        held: Vec::new(),
         structured: version >= 4,
         gone: socket.gone.clone(),
     };
