@@ -91,7 +91,7 @@ impl Server {
         fs::write(&config, text).during(|| format!("write {}", config.display()))?;
         let log = scratch.path("server.log");
         let process = spawn(kind, &config, &log)?;
-        let nri_socket = None;
+        let nri_socket = (kind == Kind::Piniond).then(|| scratch.path("run/nri.sock"));
         let mut server = Self { kind, process, config, log, socket, nri_socket };
         server.wait_ready()?;
         Ok(server)
@@ -187,13 +187,16 @@ fn piniond_config(scratch: &Scratch, cni: &Path) -> (PathBuf, String) {
     let text = format!(
         "[server]\nroot = {:?}\nrun_dir = {:?}\n\n[log]\nlevel = \"info\"\n\n\
          [runtime]\ncgroup_driver = \"cgroupfs\"\n\n[image]\nregistry_configs = [{:?}]\n\n\
-         [network]\nconf_dir = {:?}\nbin_dirs = [{:?}]\ncache_dir = {:?}\n",
+         [network]\nconf_dir = {:?}\nbin_dirs = [{:?}]\ncache_dir = {:?}\n\n\
+         [nri]\nsocket = {:?}\nplugin_dir = {:?}\nrequest_timeout_ms = 10000\n",
         path("root"),
         path("run"),
         path("certs.d"),
         path("cni/net.d"),
         cni.display().to_string(),
         path("cni/cache"),
+        path("run/nri.sock"),
+        path("nri-plugins"),
     );
     (socket, text)
 }

@@ -106,6 +106,13 @@ impl Images {
         inner.snapshots.trash.empty()
     }
 
+    /// Where a container's changes to its root file system are. Their content is the
+    /// container's, and may change at any time.
+    #[must_use]
+    pub fn upper(&self, container_id: &str) -> std::path::PathBuf {
+        self.inner.snapshots.container(container_id).join("upper")
+    }
+
     /// Containers that have a root file system here, mounted or not.
     pub fn rootfs_list(&self) -> Result<Vec<(String, RootfsRecord)>> {
         Ok(self.inner.store.list(ROOTFS)?.records)

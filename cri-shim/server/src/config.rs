@@ -36,6 +36,10 @@ pub struct Config {
     pub node: NodeFiles,
     /// The page that shows the node.
     pub web: Web,
+    /// NRI plugins.
+    pub nri: Nri,
+    /// Checkpoints of containers and pods.
+    pub checkpoint: Checkpoint,
 }
 
 /// Directories and the socket.
@@ -213,6 +217,50 @@ impl Default for Isolation {
             infer_exclusive: true,
             steer_interrupts: true,
             kubelet_dir: "/var/lib/kubelet".into(),
+        }
+    }
+}
+
+/// Checkpoints: off unless asked for. An archive holds the memory of a container, and making
+/// one stops it for a while.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Answer CheckpointContainer and CheckpointPod; needs CRIU.
+    pub enabled: bool,
+}
+
+/// NRI plugins: on without being asked for, at the places containerd has, because plugins are
+/// deployed that way and cannot tell servers apart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Nri {
+    /// Start plugins and let them connect.
+    pub enabled: bool,
+    /// Where plugins connect; for root alone. Empty: none may connect.
+    pub socket: PathBuf,
+    /// Programs called `NN-name` that are started with the server.
+    pub plugin_dir: PathBuf,
+    /// Their configurations, `NN-name.conf` or `name.conf`.
+    pub plugin_config_dir: PathBuf,
+    /// How long a plugin may take to register, and to take in the node's state.
+    pub registration_timeout_ms: u64,
+    /// How long it may take for an event before it is dropped.
+    pub request_timeout_ms: u64,
+    /// Names, without index, of plugins without which no pod or container is made.
+    pub required_plugins: Vec<String>,
+}
+
+impl Default for Nri {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            socket: "/var/run/nri/nri.sock".into(),
+            plugin_dir: "/opt/nri/plugins".into(),
+            plugin_config_dir: "/etc/nri/conf.d".into(),
+            registration_timeout_ms: 5000,
+            request_timeout_ms: 2000,
+            required_plugins: Vec::new(),
         }
     }
 }

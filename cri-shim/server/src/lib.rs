@@ -15,6 +15,7 @@
 mod admission;
 mod annotations;
 mod cgroups;
+mod checkpoint;
 pub mod cli;
 pub mod config;
 mod contract;
@@ -30,6 +31,7 @@ mod metrics;
 mod monitor;
 mod netdev;
 mod node;
+mod nri;
 mod paths;
 mod pod;
 mod profile;
@@ -50,4 +52,3 @@ mod wire;
 
 pub use pinion_network::namespaces::owned as namespace_maker;
 pub use pod::shared_pid as pod_init;
-pub use services::UNBUILT;

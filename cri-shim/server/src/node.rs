@@ -1,7 +1,7 @@
 //! The node: everything the pods' actors and the services share.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use pinion_image::Images;
@@ -76,6 +76,8 @@ pub(crate) struct Node {
     pub(crate) profile: Profile,
     pub(crate) registry: Registry,
     pub(crate) events: Events,
+    /// There once the server listens for NRI plugins, if it does.
+    pub(crate) nri: OnceLock<Arc<pinion_nri::Plugins>>,
     /// What was found wrong at the start, for `info`.
     pub(crate) findings: Mutex<Vec<String>>,
     /// Changes to the node's network during a pod's attachment that are not the pod's.
@@ -124,6 +126,7 @@ impl Node {
             profile: parts.profile,
             registry: Registry::default(),
             events: Events::default(),
+            nri: OnceLock::new(),
             findings: Mutex::default(),
             foreign_changes: Mutex::default(),
             samples: Samples::default(),

@@ -30,6 +30,11 @@ impl Paths {
         self.root.join("store.redb")
     }
 
+    /// Checkpoints being made.
+    pub(crate) fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
     /// The runtime's own state, `--root`.
     pub(crate) fn runtime_root(&self) -> PathBuf {
         self.run_dir.join("runtime")

@@ -60,6 +60,20 @@ impl Programs {
         finish(&output, what)
     }
 
+    /// `checkpoint --leave-running ID`: CRIU's images of a container and its log.
+    pub(crate) async fn checkpoint(&self, id: &str, images: &Path, work: &Path) -> Result<()> {
+        let mut command = self.runtime("checkpoint");
+        command.arg("--image-path").arg(images).arg("--work-path").arg(work);
+        // Connections of the container stay its own; locks are noted with the files.
+        command.args(["--leave-running", "--tcp-established", "--ext-unix-sk", "--file-locks"]);
+        let output = command
+            .arg(id)
+            .output()
+            .await
+            .context(|| format!("start {}", self.runtime.display()))?;
+        finish(&output, || format!("checkpoint container {id}"))
+    }
+
     /// `delete --force ID`, for a container whose monitor is gone. One that the runtime does
     /// not know is deleted already.
     pub(crate) async fn delete(&self, id: &str) -> Result<()> {

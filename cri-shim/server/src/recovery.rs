@@ -72,6 +72,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     }
     remove_strangers(node).await;
     settle_settings(node).await;
+    crate::checkpoint::sweep(node);
     collect_networks(node).await;
     Ok(())
 }

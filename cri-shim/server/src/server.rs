@@ -30,7 +30,7 @@ use crate::profile::{self, Profile};
 use crate::programs::Programs;
 use crate::services::{AdminApi, DeadlineLayer, ImageApi, MAX_MESSAGE, RuntimeApi};
 use crate::streaming::Streams;
-use crate::{logging, recovery, web};
+use crate::{logging, nri, recovery, web};
 
 /// Event loop threads: the work is in the monitors and in blocking calls, not here.
 const WORKERS: usize = 2;
@@ -67,6 +67,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
         recovery::run(&node).await?;
         tokio::spawn(crate::contract::settings::watch(node.clone()));
         tokio::spawn(crate::contract::watch::run(node.clone()));
+        nri::start(&node).await?;
         serve(node, began).await
     });
     // Blocking calls that still run are left to themselves; intents undo what they began.

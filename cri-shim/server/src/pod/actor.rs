@@ -18,10 +18,10 @@ use crate::contract::settings;
 use crate::error::{Error, Kind, Result};
 use crate::monitor::{Client, Notice};
 use crate::node::Node;
-use crate::record::{CONTAINERS, Container, Exit, SANDBOXES, Sandbox};
+use crate::record::{CONTAINERS, Container, Exit, Phase, SANDBOXES, Sandbox};
 use crate::registry::PodView;
 use crate::ticket::{Completion, Ticket, ticket};
-use crate::{ids, status};
+use crate::{ids, nri, status};
 
 /// Commands that may wait for the actor; more make their senders wait.
 const QUEUE: usize = 64;
@@ -147,9 +147,10 @@ impl Actor {
             | Command::Heal { container, .. }
             | Command::ReopenLog { container, .. } => Scope::Container(container.clone()),
             Command::Stop { container, .. } => Scope::Stop(container.clone()),
-            Command::UpdatePod { .. } | Command::StopPod { .. } | Command::RemovePod { .. } => {
-                Scope::Pod
-            }
+            Command::UpdatePod { .. }
+            | Command::Checkpoint { .. }
+            | Command::StopPod { .. }
+            | Command::RemovePod { .. } => Scope::Pod,
         };
         self.schedule.push(scope, Work::Command(command));
     }
@@ -228,16 +229,22 @@ impl Actor {
                 let member = self.member(&container);
                 Box::pin(operations::remove(context, container, member, reply))
             }
-            Command::Update { container, resources, reply } => {
+            Command::Update { container, resources, told, reply } => {
                 let member = self.member(&container);
-                Box::pin(operations::update(context, container, member, resources, reply))
+                let change = operations::Change { resources, told };
+                Box::pin(operations::update(context, container, member, change, reply))
             }
             Command::Heal { container, reply } => {
                 let member = self.member(&container);
                 Box::pin(operations::heal(context, member, reply))
             }
             Command::UpdatePod { overhead, resources, reply } => {
-                Box::pin(async { Done::PodUpdated { overhead, resources, reply } })
+                Box::pin(operations::update_pod(context, overhead, resources, reply))
+            }
+            Command::Checkpoint { containers, place, limit, whole, reply } => {
+                let chosen = self.chosen(containers);
+                let wish = operations::Wish { chosen, place, limit, whole };
+                Box::pin(operations::checkpoint(context, wish, reply))
             }
             Command::ReopenLog { container, reply } => {
                 let member = self.member(&container);
@@ -258,6 +265,22 @@ impl Actor {
         let member =
             self.containers.get(id).ok_or_else(|| Error::not_found(format!("container {id}")))?;
         Ok(Held { record: member.record.clone(), ended: member.ended.subscribe() })
+    }
+
+    /// The named containers of the pod, or all that run.
+    fn chosen(&self, named: Option<Vec<String>>) -> Result<Vec<Arc<Container>>> {
+        let record = |m: &Member| Arc::new(m.record.clone());
+        let Some(named) = named else {
+            let running = self.containers.values().filter(|m| m.record.phase() == Phase::Running);
+            return Ok(running.map(record).collect());
+        };
+        let found = |id: &String| {
+            let member = self.containers.get(id).map(record);
+            member.ok_or_else(|| {
+                Error::not_found(format!("container {id} of pod sandbox {}", self.sandbox.id))
+            })
+        };
+        named.iter().map(found).collect()
     }
 
     fn members(&self) -> Vec<Held> {
@@ -308,6 +331,9 @@ impl Actor {
         }
         self.settle(id.to_string());
         self.announce(id, ContainerEventType::ContainerStoppedEvent);
+        if let Some(member) = self.containers.get(id) {
+            nri::stop_container(&self.node, &self.sandbox, &member.record).await;
+        }
     }
 
     /// Has a container that has ended give back what only a living one needs: its CPUs and

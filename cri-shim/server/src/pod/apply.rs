@@ -7,6 +7,7 @@ use super::actor::{Actor, Member, name};
 use super::operations::{Done, Failed};
 use crate::admission::Settled;
 use crate::error::{Error, Kind, Result};
+use crate::nri;
 use crate::record::{CONTAINERS, Container, Exit, Holding, Phase, SANDBOXES};
 
 impl Actor {
@@ -14,8 +15,9 @@ impl Actor {
     pub(super) async fn apply(&mut self, done: Done) {
         match done {
             Done::Nothing => {}
-            Done::Created { id, config, result, completion } => {
+            Done::Created { id, config, result, completion, creation } => {
                 let result = self.created(&id, &config, result).await;
+                drop(creation);
                 completion.complete(result);
             }
             Done::Started { id, result, reply } => {
@@ -116,6 +118,7 @@ impl Actor {
             self.node.histories.forget(id);
             self.publish();
             self.announce_record(&member.record, ContainerEventType::ContainerDeletedEvent);
+            nri::remove_container(&self.node, &self.sandbox, &member.record).await;
         }
         Ok(())
     }
@@ -153,6 +156,7 @@ impl Actor {
         self.node.release_name(&self.sandbox);
         self.node.samples.forget(&self.sandbox.id);
         self.announce_pod(ContainerEventType::ContainerDeletedEvent);
+        nri::remove_pod(&self.node, &self.sandbox).await;
         Ok(())
     }
 

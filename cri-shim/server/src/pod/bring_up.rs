@@ -24,6 +24,7 @@ use crate::ids;
 use crate::intent::{self, RUN_POD};
 use crate::monitor::{Client, Notice};
 use crate::node::Node;
+use crate::nri;
 use crate::record::{Holding, SANDBOXES, Sandbox};
 use crate::services::blocking;
 use crate::ticket::{Completion, ticket};
@@ -101,6 +102,7 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
 
 /// The operation, in a task of its own.
 async fn bring_up(node: Arc<Node>, sandbox: Sandbox, completion: Completion<String>) {
+    let _until_it_is_listed = nri::creation(&node).await;
     let result = attempt(&node, &sandbox).await;
     let id = sandbox.id.clone();
     completion.complete(match result {
@@ -175,6 +177,8 @@ async fn attempt(node: &Arc<Node>, sandbox: &Sandbox) -> Result<(Sandbox, Client
 
 /// Gives everything back; a pod that still holds something stays, not ready.
 async fn undo(node: &Arc<Node>, sandbox: &Sandbox, intent: &str) {
+    // For plugins that were told of it before another one refused.
+    nri::remove_pod(node, sandbox).await;
     let release = Release { node: node.clone(), sandbox: sandbox.clone(), monitor: None };
     let (left, result) = release::all(&release, sandbox.holdings.clone(), |_| true).await;
     let intent = intent.to_string();
@@ -234,6 +238,7 @@ async fn steps(
     ready.ready = true;
     let (worker, known) = (node.clone(), ready.clone());
     blocking(move || write_hosts(&worker, &known)).await?;
+    nri::run_pod(node, &ready).await?;
     Ok((ready, monitor))
 }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use pinion_cri_proto::v1::{self, NamespaceMode};
 use pinion_monitor_proto::message;
@@ -22,6 +23,7 @@ use crate::error::{Context as _, Error, Kind, Result};
 use crate::ids;
 use crate::images::Foreign as _;
 use crate::intent::{self, CREATE_CONTAINER};
+use crate::nri;
 use crate::paths::ContainerDirectory;
 use crate::record::{CONTAINERS, Container, Exit, Holding, Phase, Sandbox};
 use crate::services::blocking;
@@ -102,10 +104,12 @@ async fn plan(
     let devices = devices::plan(&context.node, sandbox, id, config, &decision.contract).await?;
     let container = id.to_string();
     let mut holdings = vec![Holding::ContainerDirectory { container: container.clone() }];
-    if !decision.demands.is_empty() {
+    // NRI plugins may ask for more later.
+    let more = context.node.nri.get().is_some();
+    if more || !decision.demands.is_empty() {
         holdings.push(Holding::Hugepages { container: container.clone() });
     }
-    if !decision.contract.loans().is_empty() {
+    if more || !decision.contract.loans().is_empty() {
         holdings.push(Holding::Settings { container: container.clone() });
     }
     holdings.push(Holding::Rootfs { container: container.clone() });
@@ -225,8 +229,15 @@ async fn steps(
     decision: &Decision,
     devices: Devices,
 ) -> Result<Container> {
-    let (worker, record, decision) = (context.clone(), planned.clone(), decision.clone());
-    let (built, nodes) = blocking(move || prepare(&worker, &record, &decision, &devices)).await?;
+    let devices = Arc::new(devices);
+    let (worker, record, asked) = (context.clone(), planned.clone(), decision.clone());
+    let taken = devices.clone();
+    let (built, volumes) = blocking(move || prepare(&worker, &record, &asked, &taken)).await?;
+    let Finished { built, nodes, planned, config } =
+        finish(context, Finished::as_planned(built, planned)?, volumes, devices).await?;
+    let planned = &planned;
+    let (node, pod) = (&context.node, &context.sandbox.id);
+    write_config(&node.paths.pod(pod).container(&planned.id), &config)?;
     for warning in &built.warnings {
         tracing::warn!(container = planned.id, warning, "not as asked");
     }
@@ -240,8 +251,7 @@ async fn steps(
         contract: contract::Contract { devices: nodes, ..planned.contract.clone() },
         ..planned.clone()
     };
-    let node = &context.node;
-    let directory = node.paths.pod(&context.sandbox.id).container(&created.id);
+    let directory = node.paths.pod(pod).container(&created.id);
     let directory = directory.path().to_string_lossy().into_owned();
     let paths = node.cgroups.container_paths(&created.cgroups_path, &created.id)?;
     contract::settings::lease(node, &created.id, created.contract.loans()).await?;
@@ -263,17 +273,82 @@ async fn steps(
             memory_cgroup: if v2 { String::new() } else { text(paths.v1.get("memory")) },
         })
         .await?;
+    nri::post_create(node, &context.sandbox, &created).await;
     Ok(created)
 }
 
-/// Directory, root filesystem, devices and `config.json`; also the device nodes that the
-/// container has. Blocks.
+/// A container whose OCI configuration is complete.
+struct Finished {
+    built: Built,
+    /// The device nodes it has.
+    nodes: Vec<pinion_device::Demand>,
+    planned: Container,
+    /// `config.json`.
+    config: serde_json::Value,
+}
+
+impl Finished {
+    fn as_planned(
+        (built, nodes): (Built, Vec<pinion_device::Demand>),
+        planned: &Container,
+    ) -> Result<Self> {
+        let config = serde_json::to_value(&built.spec)
+            .context(|| format!("encode the configuration of {}", planned.id))?;
+        Ok(Self { built, nodes, planned: planned.clone(), config })
+    }
+}
+
+/// Lets plugins adjust the container. What concerns CPUs, memory and hugepages goes through
+/// the same decision and ledger as a client's request, and the configuration is built anew.
+async fn finish(
+    context: &Context,
+    mut finished: Finished,
+    volumes: BTreeMap<String, PathBuf>,
+    devices: Arc<Devices>,
+) -> Result<Finished> {
+    let node = &context.node;
+    let Some(asked) =
+        nri::create_container(node, &context.sandbox, &finished.planned, &finished.config).await?
+    else {
+        return Ok(finished);
+    };
+    if let Some(config) = nri::replan(&finished.planned.config, &asked) {
+        let original = finished.planned.config.clone();
+        let id = finished.planned.id.clone();
+        let decision = contract::decide(node, &context.sandbox, &id, &config).await?;
+        hugepages::release(node, &id).await?;
+        let ((), grants) = hugepages::reserve(node, &id, &decision, |_| Ok(())).await?;
+        let resources = config.linux.as_ref().and_then(|l| l.resources.clone());
+        let planned = Container {
+            resources: Wire(resources.unwrap_or_default()),
+            config: Wire(config),
+            contract: decision.contract.clone(),
+            ..finished.planned
+        };
+        let planned = steer(planned, &grants);
+        let decision = decision.with_grants(&grants);
+        let (worker, record) = (context.clone(), planned.clone());
+        let built = blocking(move || {
+            let rootfs = worker.node.paths.pod(&record.pod).container(&record.id).rootfs();
+            let config = devices.extend(&record.config);
+            build(&worker, &record, &decision, (&config, &devices), &rootfs, volumes)
+        })
+        .await?;
+        finished = Finished::as_planned(built, &planned)?;
+        // What the client asked for is what a retry is compared with.
+        finished.planned.config = original;
+    }
+    nri::apply(node, &context.sandbox, &mut finished.planned, &mut finished.config, &asked)?;
+    Ok(finished)
+}
+
+/// Directory, root filesystem, volumes, devices, and the configuration to be. Blocks.
 fn prepare(
     context: &Context,
     record: &Container,
     decision: &Decision,
     devices: &Devices,
-) -> Result<(Built, Vec<pinion_device::Demand>)> {
+) -> Result<((Built, Vec<pinion_device::Demand>), BTreeMap<String, PathBuf>)> {
     let node = &context.node;
     let directory = node.paths.pod(&context.sandbox.id).container(&record.id);
     let rootfs = directory.rootfs();
@@ -293,12 +368,12 @@ fn prepare(
     let volumes = volumes::mount(node, &context.sandbox, record)?;
     devices.bind()?;
     let config = devices.extend(&record.config);
-    let (built, nodes) = build(context, record, decision, (&config, devices), &rootfs, volumes)?;
-    for source in &built.missing_sources {
+    let built =
+        build(context, record, decision, (&config, devices), &rootfs, volumes.clone())?;
+    for source in &built.0.missing_sources {
         fs::create_dir_all(source).context(|| format!("create {}", source.display()))?;
     }
-    write_config(&directory, &built.spec)?;
-    Ok((built, nodes))
+    Ok((built, volumes))
 }
 
 fn build(
@@ -400,7 +475,7 @@ fn read_inside(rootfs: &Path, name: &str) -> Option<Vec<u8>> {
 /// Writes a bundle's `config.json`.
 pub(crate) fn write_config(
     directory: &ContainerDirectory,
-    spec: &oci_spec::runtime::Spec,
+    spec: &impl serde::Serialize,
 ) -> Result<()> {
     let path = directory.config();
     let what = || format!("write {}", path.display());

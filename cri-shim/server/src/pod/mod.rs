@@ -83,6 +83,8 @@ pub(crate) enum Command {
         container: String,
         /// What is not zero or empty.
         resources: Box<v1::LinuxContainerResources>,
+        /// NRI plugins know of it already.
+        told: bool,
         /// When they are in force.
         reply: Reply<()>,
     },
@@ -100,6 +102,19 @@ pub(crate) enum Command {
         /// The sum of its containers.
         resources: Option<Box<v1::LinuxContainerResources>>,
         /// When they are remembered.
+        reply: Reply<()>,
+    },
+    /// Write the memory of running containers to an archive; they go on.
+    Checkpoint {
+        /// Which of the pod's; all that run when there is none.
+        containers: Option<Vec<String>>,
+        /// Where the archive goes.
+        place: std::path::PathBuf,
+        /// How long it may take; zero for as long as it takes.
+        limit: Duration,
+        /// An archive of the pod, with those of its containers in it.
+        whole: bool,
+        /// When the archive is there.
         reply: Reply<()>,
     },
     /// Open a log anew.

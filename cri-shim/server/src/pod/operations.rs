@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pinion_cri_proto::v1;
+use pinion_nri::Creation;
 use tokio::sync::watch;
 
 use super::reconnect::Reconnected;
@@ -16,7 +17,7 @@ use crate::node::Node;
 use crate::record::{Container, Holding, Phase, Sandbox};
 use crate::signals::KILL;
 use crate::ticket::Completion;
-use crate::{ids, resources};
+use crate::{checkpoint, ids, nri, resources};
 
 /// How long a container may take to die of SIGKILL. What is in uninterruptible sleep by
 /// then is reported, and the client tries again.
@@ -79,6 +80,8 @@ pub(crate) enum Done {
         config: Box<v1::ContainerConfig>,
         result: Result<Box<Container>, Failed>,
         completion: Completion<String>,
+        /// Until it is listed.
+        creation: Option<Creation>,
     },
     Started {
         id: String,
@@ -134,8 +137,9 @@ pub(crate) async fn create(
     config: Box<v1::ContainerConfig>,
     completion: Completion<String>,
 ) -> Done {
+    let creation = nri::creation(&context.node).await;
     let result = create::create(&context, &id, &config).await.map(Box::new);
-    Done::Created { id, config, result, completion }
+    Done::Created { id, config, result, completion, creation }
 }
 
 pub(crate) async fn start(
@@ -152,8 +156,11 @@ pub(crate) async fn start(
             Phase::Exited => return Err(state_error(&record, "has already exited")),
         }
         let monitor = context.monitor()?;
-        let checked = contract::check_before_start(&context.node, &record).await;
-        let started = match checked {
+        let checked = async {
+            nri::start_container(&context.node, &context.sandbox, &record).await?;
+            contract::check_before_start(&context.node, &record).await
+        };
+        let started = match checked.await {
             Ok(()) => monitor.start(&id).await,
             refused => refused,
         };
@@ -163,6 +170,7 @@ pub(crate) async fn start(
             return Err(error);
         }
         contract::report_after_start(&context.node, &record);
+        nri::post_start(&context.node, &context.sandbox, &record).await;
         Ok(ids::now())
     };
     let result = work.await;
@@ -252,11 +260,19 @@ async fn give_back(
     release::all(&context.release(), held.record.holdings.clone(), which).await
 }
 
+/// New limits.
+#[derive(Debug)]
+pub(crate) struct Change {
+    pub(crate) resources: Box<v1::LinuxContainerResources>,
+    /// NRI plugins know of it already.
+    pub(crate) told: bool,
+}
+
 pub(crate) async fn update(
     context: Context,
     id: String,
     member: Result<Held>,
-    change: Box<v1::LinuxContainerResources>,
+    change: Change,
     reply: Reply<()>,
 ) -> Done {
     let work = async {
@@ -264,6 +280,11 @@ pub(crate) async fn update(
         if record.exit.is_some() {
             return Err(state_error(&record, "has exited"));
         }
+        let Change { resources: change, told } = change;
+        let change = match told {
+            true => change,
+            false => nri::update(&context.node, &context.sandbox, &record, &change).await?,
+        };
         let wanted = resources::merge(&record.resources, &change);
         contract::check_update(&context.node, &record, &wanted)?;
         let moved = contract::resized(&record.contract, &wanted)?;
@@ -274,6 +295,7 @@ pub(crate) async fn update(
             return Err(error);
         }
         contract::settings::lease(&context.node, &id, moved.loans()).await?;
+        nri::post_update(&context.node, &context.sandbox, &record).await;
         Ok(Box::new(wanted))
     };
     let result = work.await;
@@ -291,6 +313,48 @@ pub(crate) async fn heal(context: Context, member: Result<Held>, reply: Reply<()
     };
     let result = work.await;
     Done::Answered { result, reply }
+}
+
+/// What is to be checkpointed, and how.
+#[derive(Debug)]
+pub(crate) struct Wish {
+    pub(crate) chosen: Result<Vec<Arc<Container>>>,
+    pub(crate) place: std::path::PathBuf,
+    pub(crate) limit: Duration,
+    pub(crate) whole: bool,
+}
+
+pub(crate) async fn checkpoint(context: Context, wish: Wish, reply: Reply<()>) -> Done {
+    let work = async {
+        let chosen = wish.chosen?;
+        let (node, place) = (&context.node, &wish.place);
+        if wish.whole {
+            return checkpoint::pod(node, &context.sandbox, &chosen, place).await;
+        }
+        for record in &chosen {
+            checkpoint::container(node, record, place, wish.limit).await?;
+        }
+        Ok(())
+    };
+    let result = work.await;
+    Done::Answered { result, reply }
+}
+
+/// Remembers the pod's own limits: kubelet is the one writer of its pods' cgroups, and has
+/// written them by now.
+pub(crate) async fn update_pod(
+    context: Context,
+    overhead: Option<Box<v1::LinuxContainerResources>>,
+    resources: Option<Box<v1::LinuxContainerResources>>,
+    reply: Reply<()>,
+) -> Done {
+    let (node, sandbox) = (&context.node, &context.sandbox);
+    let asked = (overhead.as_deref(), resources.as_deref());
+    if let Err(error) = nri::update_pod(node, sandbox, asked.0, asked.1).await {
+        return Done::Answered { result: Err(error), reply };
+    }
+    nri::post_update_pod(node, sandbox).await;
+    Done::PodUpdated { overhead, resources, reply }
 }
 
 pub(crate) async fn reopen_log(context: Context, member: Result<Held>, reply: Reply<()>) -> Done {
@@ -326,6 +390,9 @@ pub(crate) async fn stop_pod(
     for (id, left, result) in futures::future::join_all(ends).await {
         containers.push((id, left));
         outcome = outcome.and(result);
+    }
+    if context.sandbox.ready && outcome.is_ok() {
+        nri::stop_pod(&context.node, &context.sandbox).await;
     }
     // The pod's own things are in use for as long as a container is alive.
     if outcome.is_err() {

@@ -14,16 +14,13 @@ use std::time::Instant;
 use tonic::{Response, Status};
 use tracing::Instrument as _;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::node::Node;
 
 pub(crate) use admin::AdminApi;
 pub(crate) use deadline::DeadlineLayer;
 pub(crate) use image::ImageApi;
 pub(crate) use runtime::RuntimeApi;
-
-/// RPCs that are not built; they answer `Unimplemented`. The list may only shrink.
-pub const UNBUILT: &[&str] = &["CheckpointContainer", "CheckpointPod", "RestorePod"];
 
 /// Longest message in either direction. Kubelet accepts no more.
 pub(crate) const MAX_MESSAGE: usize = 16 << 20;
@@ -60,15 +57,6 @@ pub(crate) async fn answer<T>(
     }
     .instrument(span)
     .await
-}
-
-/// The answer of an RPC in [`UNBUILT`].
-pub(crate) fn unbuilt<T>(rpc: &'static str) -> Result<T, Status> {
-    debug_assert!(UNBUILT.contains(&rpc), "{rpc} is not listed as unbuilt");
-    Err(Status::from(&Error::new(
-        Kind::Unimplemented,
-        format!("{rpc} is not built in this version of piniond"),
-    )))
 }
 
 /// Runs blocking work off the event loop. It runs to its end even if the caller goes away.

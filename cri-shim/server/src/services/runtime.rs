@@ -7,10 +7,10 @@ use pinion_cri_proto::v1::{self, *};
 use tonic::{Request, Response, Status};
 
 use super::streams::{self, Messages, chunked};
-use super::{Shared, answer, unbuilt};
+use super::{Shared, answer};
 use crate::error::{Error, Result};
 use crate::pod::{self, Command};
-use crate::{exec, info, metrics, stats, status, streaming};
+use crate::{checkpoint, exec, info, metrics, stats, status, streaming};
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -296,7 +296,8 @@ impl RuntimeService for RuntimeApi {
         let work = async {
             let missing = || Error::invalid("the request has no linux resources");
             let resources = Box::new(request.linux.clone().ok_or_else(missing)?);
-            let update = |container, reply| Command::Update { container, resources, reply };
+            let update =
+                |container, reply| Command::Update { container, resources, told: false, reply };
             self.command(&request.container_id, update).await?;
             Ok(UpdateContainerResourcesResponse {})
         };
@@ -495,19 +496,63 @@ impl RuntimeService for RuntimeApi {
 
     async fn checkpoint_container(
         &self,
-        _: Request<CheckpointContainerRequest>,
+        request: Request<CheckpointContainerRequest>,
     ) -> Reply<CheckpointContainerResponse> {
-        unbuilt("CheckpointContainer")
+        let CheckpointContainerRequest { container_id, location, timeout } = request.into_inner();
+        let work = async {
+            checkpoint::allowed(&self.node)?;
+            let place = checkpoint::check_place("location", &location)?;
+            let limit = Duration::from_secs(u64::try_from(timeout).unwrap_or(0));
+            self.command(&container_id, |container, reply| Command::Checkpoint {
+                containers: Some(vec![container]),
+                place,
+                limit,
+                whole: false,
+                reply,
+            })
+            .await?;
+            Ok(CheckpointContainerResponse {})
+        };
+        answer("CheckpointContainer", &container_id, work).await
     }
 
     async fn checkpoint_pod(
         &self,
-        _: Request<CheckpointPodRequest>,
+        request: Request<CheckpointPodRequest>,
     ) -> Reply<CheckpointPodResponse> {
-        unbuilt("CheckpointPod")
+        let CheckpointPodRequest { pod_sandbox_id, output_path, container_ids, options } =
+            request.into_inner();
+        let work = async {
+            checkpoint::allowed(&self.node)?;
+            if let Some(option) = options.keys().next() {
+                return Err(Error::invalid(format!("options: {option:?} is not known")));
+            }
+            let place = checkpoint::check_place("output_path", &output_path)?;
+            let pod = self.node.registry.snapshot().pod(&pod_sandbox_id)?.clone();
+            let containers = (!container_ids.is_empty()).then_some(container_ids);
+            let limit = Duration::ZERO;
+            pod::ask(&pod.commands, |reply| Command::Checkpoint {
+                containers,
+                place,
+                limit,
+                whole: true,
+                reply,
+            })
+            .await?;
+            Ok(CheckpointPodResponse {})
+        };
+        answer("CheckpointPod", &pod_sandbox_id, work).await
     }
 
-    async fn restore_pod(&self, _: Request<RestorePodRequest>) -> Reply<v1::RestorePodResponse> {
-        unbuilt("RestorePod")
+    async fn restore_pod(
+        &self,
+        request: Request<RestorePodRequest>,
+    ) -> Reply<v1::RestorePodResponse> {
+        let path = request.into_inner().checkpoint_path;
+        let work = async {
+            checkpoint::allowed(&self.node)?;
+            Err(checkpoint::restore_refused(&path))
+        };
+        answer("RestorePod", &path, work).await
     }
 }

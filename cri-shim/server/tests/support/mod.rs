@@ -41,13 +41,15 @@ impl Server {
         let cgroup = format!("/pinion-test-{name}");
         let mut server = Self { child: None, directory, cgroup };
         fs::create_dir_all(server.path("cni")).unwrap();
+        // The default socket is the machine's, and servers of tests are many.
+        let nri = if more.contains("[nri]") { "" } else { "[nri]\nenabled = false\n" };
         let config = format!(
             "[server]\nroot = '{root}'\nrun_dir = '{run}'\n\
              [runtime]\npath = '{runtime}'\nmonitor_path = '{monitor}'\n\
              cgroup_driver = 'cgroupfs'\ndefault_cgroup_parent = '{cgroup}'\n\
              [network]\nconf_dir = '{cni}'\nbin_dirs = ['/usr/lib/cni', '/opt/cni/bin']\n\
              cache_dir = '{cache}'\n\
-             [log]\nlevel = 'debug,h2=info,hyper=info,tower=info'\n{more}\n",
+             [log]\nlevel = 'debug,h2=info,hyper=info,tower=info'\n{nri}{more}\n",
             root = server.path("root").display(),
             run = server.path("run").display(),
             runtime = runtime().display(),
