@@ -89,7 +89,7 @@ pub fn serve(options: &Options) -> Result<(), DaemonError> {
     let path = options.dir.join("monitor.log");
     let mut journal = Journal::open(&path).context(|| format!("open {path:?}"))?;
     let oom = OomScore::shield(&mut journal);
-    let pod = Pod::new(options.clone(), journal, oom)?;
+    let pod = Pod::new(options.clone(), journal, oom)?.with_machine()?;
     announce().context(|| "announce readiness".to_owned())?;
     let result = pod.run();
     if options.dir.exists() {

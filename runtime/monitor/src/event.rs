@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::link::LinkPart;
 use crate::log::Stream;
 use crate::reactor::Reactor;
 use crate::stdio::ViewerId;
@@ -46,6 +47,12 @@ pub enum Source {
     Stdio(Owner, Part),
     /// A container's memory cgroup.
     Oom(Key),
+    /// The channel into the guest, or a stream of it.
+    Link(LinkPart),
+    /// What the guest's kernel and its machine say.
+    Console,
+    /// The machine's control channel.
+    Control,
 }
 
 /// What an expired timer is about.
@@ -63,6 +70,10 @@ pub enum Timer {
     Directory,
     /// Containers do not die although killed.
     Shutdown,
+    /// The guest is not up yet.
+    Boot,
+    /// Look whether output that holds up news of an end has gone.
+    Held,
 }
 
 /// The reactor, and buffers that every part uses in turn so that an idle container costs

@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pinion_monitor_proto::message::Exited;
+use pinion_monitor_proto::message::{Cause, Exited};
 use rustix::process::WaitStatus;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,9 @@ pub struct ExitFile {
     pub finished_at: i64,
     /// Whether the kernel killed it, or a part of it, for want of memory.
     pub oom_killed: bool,
+    /// `vmm-gone`, `guest-panic` or `guest-broken`, where the machine ended under it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
 }
 
 impl From<&Exited> for ExitFile {
@@ -28,7 +31,18 @@ impl From<&Exited> for ExitFile {
             signal: exited.signal,
             finished_at: exited.finished_at,
             oom_killed: exited.oom_killed,
+            cause: cause_name(exited.cause()).map(str::to_owned),
         }
+    }
+}
+
+/// A cause in `exit.json`'s words; none for an end of its own.
+fn cause_name(cause: Cause) -> Option<&'static str> {
+    match cause {
+        Cause::Own => None,
+        Cause::VmmGone => Some("vmm-gone"),
+        Cause::GuestPanic => Some("guest-panic"),
+        Cause::GuestBroken => Some("guest-broken"),
     }
 }
 
@@ -41,7 +55,7 @@ pub fn exited(status: WaitStatus) -> Exited {
 fn told(code: Option<i32>, signal: Option<i32>) -> Exited {
     let signal = signal.unwrap_or(0);
     let code = code.unwrap_or(128 + signal);
-    Exited { code, signal, finished_at: now(), oom_killed: false, timed_out: false }
+    Exited { code, signal, finished_at: now(), ..Exited::default() }
 }
 
 /// Nanoseconds since the epoch.

@@ -8,6 +8,10 @@
 //!   SIGCHLD ── reap ─────┘                     └─ exit, oom ──▶ exit.json, events
 //! ```
 //!
+//! Where the pod has a virtual machine, the machine is the monitor's child, and the same loop
+//! speaks to the same loop inside it: `vmm` starts it, `link` is the channel, `pod::guest` what
+//! takes the place of the runtime.
+//!
 //! Invariants:
 //! - One thread, one loop, nothing in it waits: neither for the runtime, nor for a
 //!   container, nor for a client. (Appending to a log file is the exception the kernel
@@ -26,6 +30,7 @@ pub mod error;
 pub mod event;
 pub mod exit;
 pub mod journal;
+pub mod link;
 pub mod log;
 pub mod oom;
 pub mod options;
@@ -36,3 +41,4 @@ pub mod socket;
 pub mod spawn;
 pub mod stdio;
 pub mod tree;
+pub mod vmm;

@@ -3,10 +3,15 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use pinion_monitor::daemon;
 use pinion_monitor::options::{Command, Options, USAGE, parse};
+use pinion_monitor::{daemon, vmm};
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == vmm::BECOME) {
+        complain(&*Box::<dyn std::error::Error>::from(vmm::become_machine(arguments)));
+        return ExitCode::FAILURE;
+    }
     let result = match parse(std::env::args_os().skip(1)) {
         Ok(Command::Monitor(options)) => monitor(&options),
         Ok(Command::Version) => print(&format!("pinion-monitor {}\n", env!("CARGO_PKG_VERSION"))),

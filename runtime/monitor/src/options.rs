@@ -14,6 +14,7 @@ Usage: pinion-monitor --pod ID --dir DIR --runtime PATH --runtime-root DIR [opti
   --runtime PATH       the OCI runtime to invoke
   --runtime-root DIR   the runtime's --root
   --systemd-cgroup     pass --systemd-cgroup to the runtime
+  --machine PLAN       run the containers in a virtual machine, started as the file says
   --foreground         do not go to the background; print a line once listening
   --version, --help
 ";
@@ -44,6 +45,8 @@ pub struct Options {
     pub systemd_cgroup: bool,
     /// Stay in the foreground.
     pub foreground: bool,
+    /// Plan of the virtual machine the containers run in, if they do.
+    pub machine: Option<PathBuf>,
 }
 
 /// Why the arguments cannot be used.
@@ -70,7 +73,7 @@ pub enum UsageError {
 /// [`UsageError`] names the argument at fault.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
     let (mut pod, mut dir, mut runtime, mut runtime_root) = (None, None, None, None);
-    let (mut systemd_cgroup, mut foreground) = (false, false);
+    let (mut systemd_cgroup, mut foreground, mut machine) = (false, false, None);
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         let text = argument.to_str().ok_or_else(|| UsageError::Unknown(argument.clone()))?;
@@ -87,6 +90,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
             "--runtime-root" => {
                 runtime_root = Some(absolute("--runtime-root", value("--runtime-root")?)?);
             }
+            "--machine" => machine = Some(absolute("--machine", value("--machine")?)?),
             "--systemd-cgroup" => systemd_cgroup = true,
             "--foreground" => foreground = true,
             "--version" => return Ok(Command::Version),
@@ -101,6 +105,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
         runtime_root: runtime_root.ok_or(UsageError::Missing("--runtime-root"))?,
         systemd_cgroup,
         foreground,
+        machine,
     }))
 }
 

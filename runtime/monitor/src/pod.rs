@@ -3,6 +3,7 @@
 mod attach;
 mod clients;
 mod execs;
+mod guest;
 mod lifecycle;
 mod runtime;
 
@@ -18,6 +19,7 @@ use rustix::fs::inotify::{CreateFlags, WatchFlags};
 
 use self::clients::Reply;
 use self::execs::Exec;
+use self::guest::Guest;
 use self::runtime::Invocation;
 use crate::connection::Connection;
 use crate::container::Phase;
@@ -44,6 +46,8 @@ enum Child {
     Init(Key),
     /// An exec.
     Exec(Key),
+    /// The virtual machine.
+    Machine,
 }
 
 /// A container and what we keep for it.
@@ -74,6 +78,8 @@ pub struct Pod {
     containers: BTreeMap<Key, Container>,
     execs: BTreeMap<Key, Exec>,
     clients: BTreeMap<Key, Connection>,
+    /// The virtual machine the containers run in, if they do.
+    guest: Option<Box<Guest>>,
     last_key: Key,
     /// Asked to leave once nothing is alive.
     leaving: bool,
@@ -127,10 +133,23 @@ impl Pod {
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
             clients: BTreeMap::new(),
+            guest: None,
             last_key: 0,
             leaving: false,
             orphaned: false,
         })
+    }
+
+    /// Starts the pod's virtual machine, if it is to have one.
+    ///
+    /// # Errors
+    /// When its plan cannot be read or carried out; whether the guest comes up is told to those
+    /// who say hello.
+    pub fn with_machine(mut self) -> Result<Self, Error> {
+        if let Some(plan) = self.options.machine.clone() {
+            self.start_machine(&plan)?;
+        }
+        Ok(self)
     }
 
     /// Serves until there is nothing left to do.
@@ -149,6 +168,7 @@ impl Pod {
             while let Some(timer) = self.shared.reactor.expired() {
                 self.expire(timer);
             }
+            self.end_idle_machine();
         }
         for container in self.containers.values_mut() {
             if let Some(stdio) = &mut container.stdio {
@@ -172,6 +192,9 @@ impl Pod {
                 self.conclude(owner);
             }
             Source::Oom(container) => self.memory_changed(container),
+            Source::Link(part) => self.link_ready(part, ready),
+            Source::Console => self.console_ready(),
+            Source::Control => self.control_ready(),
         }
     }
 
@@ -195,6 +218,8 @@ impl Pod {
                     container.pid = 0;
                 }
             }
+            Timer::Boot => self.boot_overdue(),
+            Timer::Held => self.look(),
         }
     }
 
@@ -245,7 +270,14 @@ impl Pod {
     }
 
     fn is_over(&self) -> bool {
-        (self.leaving || self.orphaned) && !self.is_anything_alive()
+        (self.leaving || self.orphaned) && !self.is_anything_alive() && !self.has_machine()
+    }
+
+    /// Ends the machine once it is all that keeps us here.
+    fn end_idle_machine(&mut self) {
+        if (self.leaving || self.orphaned) && !self.is_anything_alive() && self.has_machine() {
+            self.quit_machine();
+        }
     }
 
     /// Whether a container lives or is about to.

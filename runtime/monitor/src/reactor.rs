@@ -33,6 +33,12 @@ pub struct TimerId(Instant, u64);
 pub struct Ready(EventFlags);
 
 impl Ready {
+    /// What is said of a descriptor that is to be read without having been waited for.
+    #[must_use]
+    pub fn to_read() -> Self {
+        Self(EventFlags::IN)
+    }
+
     /// A read would not block (data, end of file or an error).
     #[must_use]
     pub fn readable(self) -> bool {

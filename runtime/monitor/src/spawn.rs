@@ -213,6 +213,7 @@ mod tests {
             runtime_root: "/run/r".into(),
             systemd_cgroup,
             foreground: false,
+            machine: None,
         };
         let words = arguments(&options, Path::new("/l"), "c1", verb);
         words.iter().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")

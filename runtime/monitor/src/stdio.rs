@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
 pub use self::viewer::ViewerId;
+pub(crate) use self::viewer::check_pollable;
 use self::viewer::{Offer, Viewer};
 use crate::event::{Owner, Part, Shared, Source, Timer};
 use crate::log::{Log, Stream};
@@ -129,16 +130,23 @@ impl Stdio {
         Ok(stdio)
     }
 
-    /// Adds a client, by its pipes in the order stdin, stdout, stderr.
+    /// Adds a client, by its pipes in the order stdin, stdout, stderr. A patient one is never
+    /// cut off for being behind.
     ///
     /// # Errors
     /// When the descriptors cannot be polled; the client is not attached then.
-    pub fn attach(&mut self, fds: [Option<OwnedFd>; 3], shared: &mut Shared) -> io::Result<()> {
+    pub fn attach(
+        &mut self,
+        fds: [Option<OwnedFd>; 3],
+        patient: bool,
+        shared: &mut Shared,
+    ) -> io::Result<()> {
         self.attached += 1;
         let [stdin, stdout, stderr] = fds;
         // Nobody reads the input of a process that has none.
         let stdin = stdin.filter(|_| self.sink.is_some());
-        let mut viewer = Viewer::new(ViewerId(self.attached), self.owner, stdin, [stdout, stderr]);
+        let id = ViewerId(self.attached);
+        let mut viewer = Viewer::new(id, self.owner, stdin, [stdout, stderr], patient);
         let accepts = self.sink.as_ref().is_some_and(|sink| sink.pending.is_empty());
         if let Err(error) = viewer.watch(accepts, shared) {
             viewer.close(shared);

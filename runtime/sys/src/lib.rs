@@ -19,5 +19,6 @@ pub mod scm;
 pub mod seccomp;
 pub mod seccomp_notify;
 pub mod signal;
+pub mod tap;
 pub mod tty;
 pub mod vfio;

@@ -18,7 +18,7 @@ impl Pod {
         let fds = by_name(fds, [attach.stdin, attach.stdout, attach.stderr]);
         if let Some(stdio) = container.and_then(|container| container.stdio.as_mut()) {
             stdio
-                .attach(fds, shared)
+                .attach(fds, attach.patient, shared)
                 .map_err(|source| Error::Invalid(format!("attach: {source}")))?;
         }
         done()

@@ -39,6 +39,11 @@ pub(super) fn done() -> Answer {
     Ok(Some(Outcome::Done(Done {})))
 }
 
+/// The answer to what only a guest can do.
+pub(super) fn no_machine() -> Error {
+    Error::Invalid("the pod has no virtual machine".to_owned())
+}
+
 impl Pod {
     /// Accepts every client that waits.
     pub(super) fn accept(&mut self) {
@@ -89,23 +94,31 @@ impl Pod {
         if request.id == 0 {
             return Err(Error::Invalid("request id 0 is for events".to_owned()));
         }
-        match request.verb {
-            None => Err(Error::Invalid("request without a known verb".to_owned())),
-            Some(Verb::Hello(hello)) => self.hello(&hello, reply),
-            Some(Verb::Create(create)) => self.create(create, reply),
-            Some(Verb::Start(start)) => self.start(&start.id, reply),
-            Some(Verb::Signal(signal)) => self.signal(&signal, reply),
-            Some(Verb::Delete(delete)) => self.delete(&delete, reply),
-            Some(Verb::Exec(exec)) => self.exec(&exec, fds, reply),
-            Some(Verb::KillExec(kill)) => self.kill_exec(&kill),
-            Some(Verb::Attach(attach)) => self.attach(&attach, fds),
-            Some(Verb::Resize(resize)) => self.resize(&resize),
-            Some(Verb::ReopenLog(reopen)) => self.reopen_log(&reopen.id),
-            Some(Verb::Shutdown(shutdown)) => self.shutdown(&shutdown),
+        let verb = match request.verb {
+            None => return Err(Error::Invalid("request without a known verb".to_owned())),
+            Some(verb) => verb,
+        };
+        let (verb, fds) = match self.carry_out_inside(verb, fds, reply) {
+            Ok(answer) => return answer,
+            Err(outside) => outside,
+        };
+        match verb {
+            Verb::Hello(hello) => self.hello(&hello, reply),
+            Verb::Create(create) => self.create(create, reply),
+            Verb::Start(start) => self.start(&start.id, reply),
+            Verb::Signal(signal) => self.signal(&signal, reply),
+            Verb::Delete(delete) => self.delete(&delete, reply),
+            Verb::Exec(exec) => self.exec(&exec, fds, reply),
+            Verb::KillExec(kill) => self.kill_exec(&kill),
+            Verb::Attach(attach) => self.attach(&attach, fds),
+            Verb::Resize(resize) => self.resize(&resize),
+            Verb::ReopenLog(reopen) => self.reopen_log(&reopen.id),
+            Verb::Shutdown(shutdown) => self.shutdown(&shutdown),
+            Verb::Usage(_) | Verb::Dial(_) => Err(no_machine()),
         }
     }
 
-    fn hello(&mut self, hello: &Hello, reply: Reply) -> Answer {
+    pub(super) fn hello(&mut self, hello: &Hello, reply: Reply) -> Answer {
         if hello.version != VERSION {
             let theirs = hello.version;
             return Err(Error::Invalid(format!(
@@ -115,6 +128,11 @@ impl Pod {
         if let Some(connection) = self.clients.get_mut(&reply.client) {
             connection.subscribed = hello.subscribe;
         }
+        Ok(Some(self.greeting()))
+    }
+
+    /// What there is to know at first.
+    pub(super) fn greeting(&self) -> Outcome {
         let containers = self.containers.values().map(|container| {
             let (started, exited) = match &container.phase {
                 Phase::Creating | Phase::Created | Phase::Starting => (false, None),
@@ -123,11 +141,12 @@ impl Pod {
             };
             ContainerState { id: container.id.clone(), pid: container.pid, started, exited }
         });
-        Ok(Some(Outcome::Hello(HelloReply {
+        Outcome::Hello(HelloReply {
             version: VERSION,
             pid: rustix::process::getpid().as_raw_nonzero().get(),
             containers: containers.collect(),
-        })))
+            guest: self.guest.as_ref().map(|guest| guest.about.clone()),
+        })
     }
 
     fn shutdown(&mut self, shutdown: &Shutdown) -> Answer {
@@ -144,6 +163,9 @@ impl Pod {
             self.shared.reactor.after(SHUTDOWN_WAIT, Timer::Shutdown);
         }
         self.leaving = true;
+        if self.has_machine() {
+            self.quit_machine();
+        }
         done()
     }
 

@@ -133,7 +133,7 @@ impl Pod {
         let owner = Owner::Exec(key);
         let mut stdio = Stdio::new(owner, manner, ends, Log::discard(), &mut self.shared)
             .context(|| "relay the terminal".to_owned())?;
-        if let Err(error) = stdio.attach(starting.fds, &mut self.shared) {
+        if let Err(error) = stdio.attach(starting.fds, false, &mut self.shared) {
             stdio.close(&mut self.shared);
             return Err(Error::Invalid(format!("exec: {error}")));
         }

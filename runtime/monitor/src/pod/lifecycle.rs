@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pinion_monitor_proto::message::{
-    ContainerExited, ContainerOom, Create, Delete, Signal, Started, event::What, response::Outcome,
+    ContainerExited, ContainerOom, Create, Delete, Exited, Signal, Started, event::What,
+    response::Outcome,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::WaitStatus;
@@ -47,10 +48,10 @@ pub(super) struct Creation {
 
 /// Ends of the pipes that the container gets.
 #[derive(Default)]
-struct TheirEnds {
-    stdin: Option<OwnedFd>,
-    stdout: Option<OwnedFd>,
-    stderr: Option<OwnedFd>,
+pub(super) struct TheirEnds {
+    pub(super) stdin: Option<OwnedFd>,
+    pub(super) stdout: Option<OwnedFd>,
+    pub(super) stderr: Option<OwnedFd>,
 }
 
 impl Pod {
@@ -254,7 +255,7 @@ impl Pod {
     }
 
     /// Drops all we keep for a container.
-    fn forget(&mut self, key: Key) -> Option<Container> {
+    pub(super) fn forget(&mut self, key: Key) -> Option<Container> {
         let mut container = self.containers.remove(&key)?;
         if let Some(mut stdio) = container.stdio.take() {
             stdio.close(&mut self.shared);
@@ -265,13 +266,19 @@ impl Pod {
         Some(container)
     }
 
-    /// A container's init has ended: its output is logged, its exit recorded, then told.
+    /// A container's init is a child of ours, and has ended.
     pub(super) fn init_exited(&mut self, key: Key, status: WaitStatus) {
-        let Some(container) = self.containers.get_mut(&key) else { return };
+        let Some(container) = self.containers.get(&key) else { return };
         let mut exited = exit::exited(status);
         // An exit code of 0 says that it got over the loss of a process.
         let kills = container.oom.as_ref().map_or(0, OomWatch::kills);
         exited.oom_killed = kills > 0 && exited.code != 0;
+        self.init_ended(key, exited);
+    }
+
+    /// A container's init has ended: its output is logged, its exit recorded, then told.
+    pub(super) fn init_ended(&mut self, key: Key, exited: Exited) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
         if let Some(stdio) = &mut container.stdio {
             stdio.settle(&mut self.shared);
         }
@@ -316,7 +323,7 @@ impl Pod {
         }
     }
 
-    fn admitted(&self, key: Key, verb: Admitted) -> Result<(), Error> {
+    pub(super) fn admitted(&self, key: Key, verb: Admitted) -> Result<(), Error> {
         self.containers.get(&key).map_or(Ok(()), |container| admit(container, verb))
     }
 
@@ -325,7 +332,7 @@ impl Pod {
     }
 }
 
-fn change(container: &mut Container, change: Change) {
+pub(super) fn change(container: &mut Container, change: Change) {
     let phase = std::mem::replace(&mut container.phase, Phase::Creating);
     container.phase = phase.after(change);
 }
@@ -344,7 +351,7 @@ fn is_named(signal: i32) -> bool {
 }
 
 /// Our ends of new pipes, and the container's.
-fn pipes(stdin: bool) -> Result<(Ends, TheirEnds), Error> {
+pub(super) fn pipes(stdin: bool) -> Result<(Ends, TheirEnds), Error> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).context(|| "create a pipe".to_owned());
     let ((our_out, their_out), (our_err, their_err)) = (pipe()?, pipe()?);
     let (their_in, our_in) = stdin.then(pipe).transpose()?.unzip();
@@ -360,7 +367,7 @@ pub(super) fn terminal(console: &ConsoleSocket, stdin: bool) -> Result<Ends, Err
     Ok(if stdin { ends } else { Ends { stdin: None, ..ends } })
 }
 
-fn open_log(create: &Create) -> Result<Log, Error> {
+pub(super) fn open_log(create: &Create) -> Result<Log, Error> {
     if create.log_path.is_empty() {
         return Ok(Log::discard());
     }
@@ -371,7 +378,7 @@ fn open_log(create: &Create) -> Result<Log, Error> {
     Ok(Log::open(Path::new(&create.log_path), max_line)?)
 }
 
-fn check(create: &Create) -> Result<(), Error> {
+pub(super) fn check(create: &Create) -> Result<(), Error> {
     check_id(&create.id)?;
     let paths = [&create.bundle, &create.directory];
     let optional = [&create.log_path, &create.cgroup, &create.memory_cgroup];

@@ -99,6 +99,7 @@ impl Pod {
                 Some(Child::Runtime(invocation)) => runtimes.push((invocation, status)),
                 Some(Child::Init(key)) => self.init_exited(key, status),
                 Some(Child::Exec(key)) => self.exec_ended(key, status),
+                Some(Child::Machine) => self.machine_ended(status),
                 None => {}
             }
         }

@@ -1,7 +1,7 @@
 //! A client attached to a process.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
@@ -44,6 +44,7 @@ pub(super) struct Viewer {
     owner: Owner,
     feed: Option<Watched>,
     taps: [Option<Tap>; 2],
+    patient: bool,
 }
 
 impl Viewer {
@@ -52,15 +53,17 @@ impl Viewer {
         owner: Owner,
         stdin: Option<OwnedFd>,
         outputs: [Option<OwnedFd>; 2],
+        patient: bool,
     ) -> Self {
         let tap = |fd| Tap { fd: Watched::new(fd), backlog: Vec::new(), behind_since: None };
-        Self { id, owner, feed: stdin.map(Watched::new), taps: outputs.map(|fd| fd.map(tap)) }
+        let taps = outputs.map(|fd| fd.map(tap));
+        Self { id, owner, feed: stdin.map(Watched::new), taps, patient }
     }
 
     /// Starts to report on all descriptors; on the feed only if its input has a taker.
     pub(super) fn watch(&mut self, accepts: bool, shared: &mut Shared) -> io::Result<()> {
         if let Some(feed) = &mut self.feed {
-            check_pollable(feed)?;
+            check_pollable(&*feed)?;
             if accepts {
                 let source = Source::Stdio(self.owner, Part::Feed(self.id));
                 feed.watch(&mut shared.reactor, Interest::Read, source)?;
@@ -123,6 +126,9 @@ impl Viewer {
     /// Cuts off outputs that have been behind for `limit`; whether there were any.
     pub(super) fn cut_stalled(&mut self, limit: Duration, shared: &mut Shared) -> bool {
         let mut cut = false;
+        if self.patient {
+            return cut;
+        }
         for stream in [Stream::Stdout, Stream::Stderr] {
             let Some(Some(tap)) = self.taps.get(stream.index()) else { continue };
             if tap.behind_since.is_some_and(|since| since.elapsed() >= limit) {
@@ -212,8 +218,8 @@ fn write(fd: &Watched, rest: &mut &[u8]) -> bool {
 
 /// Only pipes and sockets: they can be polled, and being non-blocking stays between us
 /// and the client, whereas a terminal's mode is everyone's.
-fn check_pollable(fd: &Watched) -> io::Result<()> {
-    match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
+pub(crate) fn check_pollable(fd: impl AsFd) -> io::Result<()> {
+    match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
         FileType::Fifo | FileType::Socket => set_nonblocking(fd),
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "neither a pipe nor a socket")),
     }
