@@ -6,6 +6,8 @@
 //! | `hugepages.pinion.dev/prefault` | `true`, `false` | prove the granted hugepages by touching them before the container starts; default: for strict pods |
 //! | `irq.pinion.dev/quiet` | `true`, `false`, `all` | keep interrupts off exclusive CPUs, those that can be moved (the default) or every single one |
 //! | `hugepages.pinion.dev/mount` | `true`, `false` | mount a hugetlbfs for each size at `/dev/hugepages` |
+//! | `vm.pinion.dev/cpus` | a number | processors of the pod's machine, under handler `pinion-vm`; default: what the pod's resources come to |
+//! | `vm.pinion.dev/memory-mib` | a number | MiB of memory of that machine; default likewise |
 //! | `isolation.pinion.dev/strict` | `true`, `false` | as the `pinion-strict` handler: a container starts only if every term is in force |
 //!
 //! CRI-O's annotations for high performance mean what they mean there, and are proven:
@@ -42,6 +44,38 @@ const C_STATES: &str = "cpu-c-states.crio.io";
 const MOUNT: &str = "hugepages.pinion.dev/mount";
 const GOVERNOR: &str = "cpu-freq-governor.crio.io";
 const SHARED: &str = "cpu-shared.crio.io";
+const VM_CPUS: &str = "vm.pinion.dev/cpus";
+const VM_MEMORY: &str = "vm.pinion.dev/memory-mib";
+
+/// What a pod's annotations ask of its machine. `None`: nothing said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct MachineWishes {
+    /// Processors.
+    pub(crate) cpus: Option<u32>,
+    /// MiB of memory.
+    pub(crate) memory: Option<u64>,
+}
+
+impl MachineWishes {
+    /// Reads the pod's annotations.
+    pub(crate) fn read(annotations: &HashMap<String, String>) -> Result<Self> {
+        Ok(Self {
+            cpus: number(annotations, VM_CPUS)?,
+            memory: number(annotations, VM_MEMORY)?,
+        })
+    }
+}
+
+fn number<T: std::str::FromStr>(
+    annotations: &HashMap<String, String>,
+    key: &str,
+) -> Result<Option<T>> {
+    let Some(text) = annotations.get(key) else { return Ok(None) };
+    match text.parse() {
+        Ok(number) => Ok(Some(number)),
+        Err(_) => Err(Error::invalid(format!("annotation {key}: {text:?} is not a number"))),
+    }
+}
 
 /// What a pod's annotations ask for on behalf of one container. `None`: nothing said.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -224,6 +258,15 @@ mod tests {
             let error = read(&[(key, value)]).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains(value), "{error}");
         }
+    }
+
+    #[test]
+    fn a_machine_s_size_is_a_number_or_an_error() {
+        let a = map(&[("vm.pinion.dev/cpus", "2"), ("vm.pinion.dev/memory-mib", "512")]);
+        let wishes = MachineWishes::read(&a).unwrap();
+        assert_eq!((wishes.cpus, wishes.memory), (Some(2), Some(512)));
+        let error = MachineWishes::read(&map(&[("vm.pinion.dev/memory-mib", "512Mi")]));
+        assert!(error.unwrap_err().to_string().contains("memory-mib"));
     }
 
     #[test]

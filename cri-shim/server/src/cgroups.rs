@@ -8,6 +8,9 @@ use pinion_spec::HostFacts;
 use crate::error::{Context, Result};
 use crate::signals::KILL;
 
+/// Name of the cgroup of a pod's virtual machine.
+const MACHINE: &str = "pinion-machine";
+
 /// The hierarchies of the host and who makes cgroups in them.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
@@ -141,6 +144,36 @@ impl Cgroups {
             }
         }
         Ok(())
+    }
+
+    /// Makes the cgroup of a pod's virtual machine, beside those of containers; its
+    /// directories.
+    pub(crate) fn make_machine(&self, parent: &str) -> Result<Vec<PathBuf>> {
+        let paths = self.machine(parent)?;
+        if !directories(&paths).all(|directory| directory.exists()) {
+            Cgroup::create(&self.hierarchies, &paths)
+                .context(|| format!("create a machine's cgroup below {parent}"))?;
+        }
+        Ok(directories(&paths).cloned().collect())
+    }
+
+    /// Kills what is in a machine's cgroup, and removes it.
+    pub(crate) fn remove_machine(&self, parent: &str) -> Result<()> {
+        let group = Cgroup::open(self.machine(parent)?);
+        let what = || format!("remove the machine's cgroup below {parent}");
+        if !group.exists() {
+            return Ok(());
+        }
+        group.kill_all(KILL).context(what)?;
+        group.remove().context(what)
+    }
+
+    fn machine(&self, parent: &str) -> Result<CgroupPaths> {
+        let parent = match self.driver {
+            Driver::Cgroupfs => parent.trim_end_matches('/').to_string(),
+            Driver::Systemd => slice_path(parent),
+        };
+        self.plan(Driver::Cgroupfs, &format!("{parent}/{MACHINE}"), "")
     }
 
     /// The cgroup a pod's containers live under.

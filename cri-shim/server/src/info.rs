@@ -16,7 +16,7 @@ use crate::record::Container;
 use crate::registry::PodView;
 
 /// Handlers a RuntimeClass may name; see [`contract::Handler`].
-const HANDLERS: [&str; 3] = ["", contract::PLAIN, contract::STRICT];
+const HANDLERS: [&str; 4] = ["", contract::PLAIN, contract::STRICT, contract::VM];
 
 /// Answer to `Version`.
 pub(crate) fn version() -> v1::VersionResponse {
@@ -133,6 +133,7 @@ pub(crate) fn of_pod(node: &Node, pod: &PodView) -> HashMap<String, String> {
         "cgroupParent": pod.sandbox.cgroup_parent,
         "holdings": pod.sandbox.holdings,
         "monitor": pod.monitor.is_some(),
+        "guest": pod.sandbox.guest,
     });
     HashMap::from([("info".to_string(), info.to_string())])
 }

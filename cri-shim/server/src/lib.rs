@@ -4,7 +4,7 @@
 //!
 //! * [`config`], `cli`, `logging`, `server`: start, serve, stop; `recovery`: what a restart finds;
 //! * `services`: gRPC in and out; `pod`: the actors that own all state; `registry`: what they publish;
-//! * `contract`: the isolation contract; `record`: what the store keeps; `monitor`: one pod's monitor;
+//! * `vm`: pods with a kernel of their own; `contract`: the isolation contract; `record`: what the store keeps; `monitor`: one pod's monitor;
 //! * `profile`: what the node is declared to be; `stats`, `metrics`, `info`, `status`: answers about the state, none of which waits for a pod.
 //!
 //! The server may end at any moment without a container noticing: containers belong to their
@@ -47,6 +47,7 @@ mod stats;
 mod status;
 mod streaming;
 mod ticket;
+mod vm;
 mod web;
 mod wire;
 

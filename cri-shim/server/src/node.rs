@@ -28,6 +28,7 @@ use crate::registry::Registry;
 use crate::services::blocking;
 use crate::stats::Samples;
 use crate::ticket::Ticket;
+use crate::vm::Machines;
 
 /// A pod's name as kubelet means it, and what was asked for under it.
 type PodNames = Admission<PodName, PodRequest, Ticket<String>>;
@@ -83,6 +84,7 @@ pub(crate) struct Node {
     /// Changes to the node's network during a pod's attachment that are not the pod's.
     pub(crate) foreign_changes: Mutex<HashMap<String, Vec<String>>>,
     pub(crate) samples: Samples,
+    pub(crate) machines: Machines,
     pub(crate) began: Instant,
     names: Mutex<PodNames>,
 }
@@ -130,6 +132,7 @@ impl Node {
             findings: Mutex::default(),
             foreign_changes: Mutex::default(),
             samples: Samples::default(),
+            machines: Machines::default(),
             began: Instant::now(),
             names: Mutex::default(),
         }
@@ -177,8 +180,12 @@ impl Node {
         self.findings.lock().unwrap_or_else(PoisonError::into_inner).push(finding);
     }
 
-    /// Starts the monitor of a pod.
-    pub(crate) async fn start_monitor(self: &Arc<Self>, pod: &str) -> Result<()> {
+    /// Starts the monitor of a pod; with a plan, one with a virtual machine.
+    pub(crate) async fn start_monitor(
+        self: &Arc<Self>,
+        pod: &str,
+        machine: Option<&std::path::Path>,
+    ) -> Result<()> {
         let directory = self.paths.pod(pod);
         monitor::start(&monitor::Invocation {
             program: &self.programs.monitor,
@@ -187,6 +194,7 @@ impl Node {
             runtime: &self.programs.runtime,
             runtime_root: &self.programs.runtime_root,
             systemd_cgroup: self.programs.systemd_cgroup,
+            machine,
         })
         .await?;
         let Some(pid) = monitor::pid(directory.path()) else { return Ok(()) };

@@ -116,7 +116,9 @@ fn finish(output: &std::process::Output, what: impl FnOnce() -> String) -> Resul
     Err(Error::new(kind, format!("{}: {detail}", what())))
 }
 
-fn find(configured: &Path, name: &str, key: &str) -> Result<PathBuf> {
+/// A program: the one configured, or the first of that name beside this executable and in
+/// `PATH`.
+pub(crate) fn find(configured: &Path, name: &str, key: &str) -> Result<PathBuf> {
     if !configured.as_os_str().is_empty() {
         return if configured.is_file() {
             Ok(configured.to_path_buf())

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contract::Contract;
 use crate::ids;
+use crate::vm::Guest;
 use crate::wire::Wire;
 
 /// Pods by id.
@@ -43,6 +44,9 @@ pub(crate) struct Sandbox {
     /// What it holds, oldest first.
     #[serde(default)]
     pub(crate) holdings: Vec<Holding>,
+    /// The machine its containers run in, once it is up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) guest: Option<Guest>,
 }
 
 /// A container.
@@ -125,6 +129,11 @@ pub(crate) enum Holding {
     Shm,
     /// Addresses and interfaces from CNI.
     Network,
+    /// The cgroup of the pod's virtual machine, with what is in it.
+    Machine {
+        /// The pod's cgroup, as the driver names it.
+        parent: String,
+    },
     /// The pod's monitor process.
     Monitor,
     /// A container's directory.

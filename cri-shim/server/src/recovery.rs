@@ -184,13 +184,14 @@ async fn recover_pod(
         sandbox.ready = false;
     }
     let notices = mpsc::unbounded_channel();
-    let Reconnected { monitor, ended, started } = if sandbox.ready {
+    let Reconnected { monitor, ended, started, machine_ended } = if sandbox.ready {
         pod::reconnect(node.clone(), sandbox.clone(), containers.clone(), notices.0.clone()).await
     } else {
         end_monitor(&node, directory.path()).await;
         let lost = |c: &Container| c.exit.is_none().then(|| (c.id.clone(), node_restarted()));
         let ended = containers.iter().filter_map(lost).collect();
-        Reconnected { monitor: Err(pod::no_monitor()), ended, started: Vec::new() }
+        let monitor = Err(pod::no_monitor());
+        Reconnected { monitor, ended, started: Vec::new(), machine_ended: None }
     };
     let monitor = monitor
         .inspect_err(|error| {
@@ -199,7 +200,10 @@ async fn recover_pod(
             }
         })
         .ok();
-    sandbox.ready &= monitor.is_some();
+    sandbox.ready &= monitor.is_some() && machine_ended.is_none();
+    if let Some(guest) = sandbox.guest.as_mut().filter(|_| machine_ended.is_some()) {
+        guest.ended = machine_ended;
+    }
     for container in &mut containers {
         if started.contains(&container.id) {
             container.start(ids::now());

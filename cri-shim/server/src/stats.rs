@@ -16,6 +16,7 @@ use crate::node::Node;
 use crate::record::{Container, Phase};
 use crate::registry::PodView;
 use crate::services::blocking;
+use crate::vm::{Usages, read_usages};
 
 /// The shortest time over which a rate means something.
 const RATE_SPAN: Duration = Duration::from_millis(500);
@@ -71,14 +72,21 @@ pub(crate) async fn containers(
     chosen: Vec<(Arc<PodView>, Arc<Container>)>,
 ) -> Result<Vec<ContainerStats>> {
     let node = node.clone();
-    blocking(move || Ok(chosen.iter().map(|(_, c)| container(&node, c)).collect())).await
+    let guests = read_usages(distinct(chosen.iter().map(|(pod, _)| pod))).await;
+    blocking(move || Ok(chosen.iter().map(|(_, c)| container(&node, c, &guests)).collect())).await
 }
 
-fn container(node: &Node, record: &Container) -> ContainerStats {
+/// Each pod once.
+fn distinct<'a>(pods: impl Iterator<Item = &'a Arc<PodView>>) -> impl Iterator<Item = &'a Arc<PodView>> {
+    let mut seen = std::collections::HashSet::new();
+    pods.filter(move |pod| seen.insert(pod.sandbox.id.clone()))
+}
+
+fn container(node: &Node, record: &Container, guests: &Usages) -> ContainerStats {
     let cgroup = (record.phase() != Phase::Exited)
         .then(|| node.cgroups.container(&record.cgroups_path, &record.id).ok())
         .flatten();
-    let usage = cgroup.as_ref().and_then(usage);
+    let usage = guests.get(&record.id).copied().or_else(|| cgroup.as_ref().and_then(usage));
     let psi = psi(cgroup.as_ref().filter(|_| usage.is_some()));
     let disk = disk(node, &record.id);
     let now = ids::now();
@@ -187,10 +195,11 @@ pub(crate) async fn pods(
     chosen: Vec<Arc<PodView>>,
 ) -> Result<Vec<PodSandboxStats>> {
     let node = node.clone();
-    blocking(move || Ok(chosen.iter().map(|pod| one_pod(&node, pod)).collect())).await
+    let guests = read_usages(chosen.iter()).await;
+    blocking(move || Ok(chosen.iter().map(|pod| one_pod(&node, pod, &guests)).collect())).await
 }
 
-fn one_pod(node: &Node, pod: &PodView) -> PodSandboxStats {
+fn one_pod(node: &Node, pod: &PodView, guests: &Usages) -> PodSandboxStats {
     let sandbox = &pod.sandbox;
     let cgroup = node.cgroups.parent(&sandbox.cgroup_parent).ok().map(Cgroup::open);
     let usage = cgroup.as_ref().and_then(usage);
@@ -205,7 +214,7 @@ fn one_pod(node: &Node, pod: &PodView) -> PodSandboxStats {
             .containers
             .values()
             .filter(|c| c.phase() == Phase::Running)
-            .map(|c| container(node, c))
+            .map(|c| container(node, c, guests))
             .collect(),
         io: io(psi.io, now),
     };

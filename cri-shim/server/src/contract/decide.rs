@@ -24,6 +24,8 @@ use crate::services::blocking;
 pub(crate) const PLAIN: &str = "pinion";
 /// The handler that refuses what it cannot give.
 pub(crate) const STRICT: &str = "pinion-strict";
+/// The handler that gives a pod a kernel of its own, or refuses.
+pub(crate) const VM: &str = "pinion-vm";
 
 /// A RuntimeClass handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +34,8 @@ pub(crate) enum Handler {
     Plain,
     /// All or nothing.
     Strict,
+    /// In a virtual machine.
+    Vm,
 }
 
 impl Handler {
@@ -40,8 +44,10 @@ impl Handler {
         match name {
             "" | PLAIN => Ok(Self::Plain),
             STRICT => Ok(Self::Strict),
+            VM => Ok(Self::Vm),
             other => Err(Error::invalid(format!(
-                "runtime handler {other:?} is not known; there are \"\", {PLAIN:?} and {STRICT:?}"
+                "runtime handler {other:?} is not known; there are \"\", {PLAIN:?}, {STRICT:?} \
+                 and {VM:?}"
             ))),
         }
     }

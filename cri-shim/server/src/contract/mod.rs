@@ -23,7 +23,7 @@ pub(crate) mod settings;
 mod view;
 pub(crate) mod watch;
 
-pub(crate) use decide::{Contract, Decision, Handler, PLAIN, STRICT, decide, resized};
+pub(crate) use decide::{Contract, Decision, Handler, PLAIN, STRICT, VM, decide, resized};
 pub(crate) use view::{
     check_before_start, check_update, owners, receipt, report_after_start, topology,
 };

@@ -42,6 +42,11 @@ pub(crate) enum Notice {
         /// The container.
         id: String,
     },
+    /// The pod's virtual machine is gone.
+    GuestEnded {
+        /// Why.
+        reason: String,
+    },
     /// The connection is gone.
     Lost,
 }
@@ -149,6 +154,23 @@ impl Client {
     /// Opens a container's log path anew.
     pub(crate) async fn reopen_log(&self, id: &str) -> Result<()> {
         self.done("reopen log", Verb::ReopenLog(message::ReopenLog { id: id.into() })).await
+    }
+
+    /// What containers in the pod's guest use.
+    pub(crate) async fn usage(&self, usage: message::Usage) -> Result<message::UsageReply> {
+        match self.call(Verb::Usage(usage), Vec::new()).await? {
+            Outcome::Usage(reply) => Ok(reply),
+            other => Err(unexpected("usage", &other)),
+        }
+    }
+
+    /// Connects a socket to a port on the loopback of the pod's guest.
+    pub(crate) async fn dial(&self, port: u16, socket: OwnedFd) -> Result<()> {
+        let dial = Verb::Dial(message::Dial { port: port.into() });
+        match self.call(dial, vec![socket]).await? {
+            Outcome::Done(_) => Ok(()),
+            other => Err(unexpected("dial", &other)),
+        }
     }
 
     /// Ends the monitor, whatever it still has.
@@ -279,6 +301,7 @@ impl Connection {
                     Notice::Exited { id: e.id, exit: e.exited.unwrap_or_default() }
                 }
                 Some(What::Oom(e)) => Notice::Oom { id: e.id },
+                Some(What::GuestEnded(e)) => Notice::GuestEnded { reason: e.message },
                 None => return,
             };
             let _ = self.notices.send(notice);

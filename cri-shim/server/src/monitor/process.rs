@@ -28,6 +28,8 @@ pub(crate) struct Invocation<'a> {
     pub(crate) runtime: &'a Path,
     pub(crate) runtime_root: &'a Path,
     pub(crate) systemd_cgroup: bool,
+    /// Plan of the pod's virtual machine, if it has one.
+    pub(crate) machine: Option<&'a Path>,
 }
 
 /// Starts a pod's monitor; returns when it listens. It leaves our process tree, so that it
@@ -51,6 +53,9 @@ pub(crate) async fn start(invocation: &Invocation<'_>) -> Result<()> {
         .kill_on_drop(true);
     if invocation.systemd_cgroup {
         command.arg("--systemd-cgroup");
+    }
+    if let Some(plan) = invocation.machine {
+        command.arg("--machine").arg(plan);
     }
     // A file and not a pipe: the daemonised monitor keeps its standard error, and a pipe
     // would keep us reading for as long as it lives.
@@ -154,6 +159,7 @@ mod tests {
             runtime: Path::new("/bin/true"),
             runtime_root: dir.path(),
             systemd_cgroup: false,
+            machine: None,
         };
         let text = start(&invocation).await.unwrap_err().chain();
         assert!(text.contains("--pod"), "{text}");

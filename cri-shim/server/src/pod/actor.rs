@@ -292,6 +292,7 @@ impl Actor {
         match notice {
             Notice::Exited { id, exit } => self.exited(&id, reconnect::exit(&exit)).await,
             Notice::Oom { id } => tracing::warn!(container = id, "out of memory"),
+            Notice::GuestEnded { reason } => self.machine_ended(reason).await,
             Notice::Lost if self.stopping || !self.sandbox.ready => self.monitor = None,
             Notice::Lost => {
                 tracing::warn!(pod = self.sandbox.id, "lost the pod's monitor, reconnecting");
@@ -346,7 +347,25 @@ impl Actor {
         }
     }
 
+    /// The pod's machine is gone: what was in it has ended, and nothing new can start.
+    async fn machine_ended(&mut self, reason: String) {
+        if self.stopping {
+            return;
+        }
+        tracing::warn!(pod = self.sandbox.id, reason, "the pod's virtual machine has ended");
+        self.sandbox.ready = false;
+        if let Some(guest) = &mut self.sandbox.guest {
+            guest.ended = Some(reason);
+        }
+        if let Err(error) = self.commit_sandbox().await {
+            tracing::error!(pod = self.sandbox.id, error = %error.chain(), "pod not stored");
+        }
+    }
+
     pub(super) async fn reconnected(&mut self, reconnected: Reconnected) {
+        if let Some(reason) = reconnected.machine_ended {
+            self.machine_ended(reason).await;
+        }
         for id in reconnected.started {
             if let Err(error) = self.change(&id, |c| c.start(ids::now())).await {
                 tracing::error!(container = id, error = %error.chain(), "start not stored");

@@ -28,6 +28,7 @@ use crate::nri;
 use crate::record::{Holding, SANDBOXES, Sandbox};
 use crate::services::blocking;
 use crate::ticket::{Completion, ticket};
+use crate::vm;
 use crate::wire::Wire;
 
 type Notices = (mpsc::UnboundedSender<Notice>, mpsc::UnboundedReceiver<Notice>);
@@ -67,7 +68,7 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
     if metadata.name.is_empty() || metadata.uid.is_empty() {
         return Err(Error::invalid("config.metadata: a pod needs a name and a uid"));
     }
-    Handler::parse(&request.runtime_handler)?;
+    let handler = Handler::parse(&request.runtime_handler)?;
     let users = users::check(node, &config)?;
     let id = ids::random_id()?;
     let asked = config.linux.as_ref().map_or("", |l| l.cgroup_parent.as_str());
@@ -80,6 +81,17 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
         id,
         ..Default::default()
     };
+    if handler == Handler::Vm {
+        vm::check(&sandbox)?;
+        if users.is_some() {
+            return Err(Error::invalid(
+                "a pod in a virtual machine has the machine's users: ask for no user namespace, or \
+                 for another runtime handler",
+            ));
+        }
+        sandbox.holdings = vm_holdings(cgroup_parent);
+        return Ok(sandbox);
+    }
     let namespaces = sandbox.namespaces();
     let host = |mode: NamespaceMode| mode == NamespaceMode::Node;
     let mut holdings = vec![Holding::PodDirectory, Holding::PodCgroup { parent: cgroup_parent }];
@@ -98,6 +110,19 @@ fn plan(node: &Node, request: RunPodSandboxRequest) -> Result<Sandbox> {
     }
     sandbox.holdings = holdings;
     Ok(sandbox)
+}
+
+/// What a pod in a machine holds: of namespaces only the network is used, to bring the pod's
+/// interfaces to the machine.
+fn vm_holdings(parent: String) -> Vec<Holding> {
+    vec![
+        Holding::PodDirectory,
+        Holding::PodCgroup { parent: parent.clone() },
+        Holding::Namespaces,
+        Holding::Network,
+        Holding::Machine { parent },
+        Holding::Monitor,
+    ]
 }
 
 /// The operation, in a task of its own.
@@ -212,8 +237,16 @@ async fn steps(
     sandbox: &Sandbox,
     notices: mpsc::UnboundedSender<Notice>,
 ) -> Result<(Sandbox, Client)> {
+    let handler = Handler::parse(&sandbox.handler)?;
+    let prepared = match handler {
+        Handler::Vm => Some(node.machines.prepared(node).await?),
+        Handler::Plain | Handler::Strict => None,
+    };
     let (worker, planned) = (node.clone(), sandbox.clone());
     blocking(move || prepare(&worker, &planned)).await?;
+    if let Some(prepared) = prepared {
+        return vm_steps(node, sandbox, prepared, notices).await;
+    }
     let attach = async {
         if sandbox.holdings.contains(&Holding::Network) {
             network::add(node, sandbox).await
@@ -222,7 +255,7 @@ async fn steps(
         }
     };
     let monitor = async {
-        node.start_monitor(&sandbox.id).await?;
+        node.start_monitor(&sandbox.id, None).await?;
         let directory = node.paths.pod(&sandbox.id);
         let (client, _) = Client::connect(directory.path(), notices).await?;
         if shared_pid::wanted(sandbox) {
@@ -240,6 +273,34 @@ async fn steps(
     blocking(move || write_hosts(&worker, &known)).await?;
     nri::run_pod(node, &ready).await?;
     Ok((ready, monitor))
+}
+
+/// The same for a pod in a machine: the machine needs the pod's interfaces and files, so it
+/// comes last; and it must turn out to have a kernel of its own.
+async fn vm_steps(
+    node: &Arc<Node>,
+    sandbox: &Sandbox,
+    prepared: vm::Prepared,
+    notices: mpsc::UnboundedSender<Notice>,
+) -> Result<(Sandbox, Client)> {
+    let mut ready = sandbox.clone();
+    ready.ips = network::add(node, sandbox).await?;
+    let (worker, known) = (node.clone(), ready.clone());
+    let plan = vm::plan_path(node, sandbox);
+    blocking(move || {
+        write_hosts(&worker, &known)?;
+        vm::write_plan(&worker, &known, &prepared)
+    })
+    .await?;
+    node.start_monitor(&sandbox.id, Some(&plan)).await?;
+    let directory = node.paths.pod(&sandbox.id);
+    let (client, hello) = Client::connect(directory.path(), notices).await?;
+    let told = hello.guest.ok_or_else(|| Error::internal("the pod's monitor has no machine"))?;
+    let guest = vm::Guest::from(told);
+    vm::verify(&guest)?;
+    ready.guest = Some(guest);
+    ready.ready = true;
+    Ok((ready, client))
 }
 
 /// Directory, cgroup, files, namespaces, shared memory. Blocks.

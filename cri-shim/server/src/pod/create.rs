@@ -27,6 +27,7 @@ use crate::nri;
 use crate::paths::ContainerDirectory;
 use crate::record::{CONTAINERS, Container, Exit, Holding, Phase, Sandbox};
 use crate::services::blocking;
+use crate::vm;
 use crate::wire::Wire;
 
 /// Largest `/etc/passwd` or `/etc/group` of an image that is read.
@@ -252,6 +253,15 @@ async fn steps(
         ..planned.clone()
     };
     let directory = node.paths.pod(pod).container(&created.id);
+    let disk = match &context.sandbox.guest {
+        None => String::new(),
+        Some(_) => {
+            let (worker, image) = (node.clone(), created.image_id.clone());
+            let rootfs = directory.rootfs();
+            let disk = blocking(move || vm::ensure_disk(&worker, &image, &rootfs)).await?;
+            disk.to_string_lossy().into_owned()
+        }
+    };
     let directory = directory.path().to_string_lossy().into_owned();
     let paths = node.cgroups.container_paths(&created.cgroups_path, &created.id)?;
     contract::settings::lease(node, &created.id, created.contract.loans()).await?;
@@ -271,6 +281,7 @@ async fn steps(
             max_log_line: node.config.runtime.max_log_line,
             cgroup: if v2 { text(paths.unified.as_ref()) } else { String::new() },
             memory_cgroup: if v2 { String::new() } else { text(paths.v1.get("memory")) },
+            disk,
         })
         .await?;
     nri::post_create(node, &context.sandbox, &created).await;
@@ -428,6 +439,9 @@ fn build(
     devices::raise_memlock(node, record, &nodes, &mut built.spec)?;
     if Wishes::read(&context.sandbox.config.annotations, record.name())?.mount {
         hugepages::add_mounts(&record.contract.hugepages, &mut built.spec)?;
+    }
+    if context.sandbox.guest.is_some() {
+        built.spec = vm::adapt(built.spec, &record.id)?;
     }
     Ok((built, nodes))
 }

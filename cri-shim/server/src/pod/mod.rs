@@ -37,6 +37,7 @@ use crate::ticket::Ticket;
 
 pub(crate) use actor::{Seed, spawn};
 pub(crate) use bring_up::run;
+pub(crate) use create::spec_error;
 pub(crate) use network::namespaces_pinned;
 pub(crate) use reconnect::{Reconnected, no_monitor, reconnect};
 pub(crate) use release::{Release, all as release_all};
@@ -158,6 +159,9 @@ pub(crate) fn title(config: Option<&v1::PodSandboxConfig>) -> String {
 
 /// What a pod lends to its containers: namespaces, files, shared memory.
 pub(crate) fn lend(node: &Node, sandbox: &Sandbox) -> PodPaths {
+    if sandbox.guest.is_some() {
+        return crate::vm::lend();
+    }
     let directory = node.paths.pod(&sandbox.id);
     let namespaces = sandbox.namespaces();
     let own = |mode: NamespaceMode| mode != NamespaceMode::Node;

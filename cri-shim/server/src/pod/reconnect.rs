@@ -8,7 +8,7 @@
 use std::fs;
 use std::sync::Arc;
 
-use pinion_monitor_proto::message::{self, ContainerState};
+use pinion_monitor_proto::message::{self, Cause, ContainerState};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
@@ -29,6 +29,8 @@ pub(crate) struct Reconnected {
     pub(crate) ended: Vec<(String, Exit)>,
     /// Containers that turn out to have been started.
     pub(crate) started: Vec<String>,
+    /// Why the pod's machine is gone, if it had one and it is.
+    pub(crate) machine_ended: Option<String>,
 }
 
 /// Connects to the pod's monitor, or starts another in its place.
@@ -41,10 +43,17 @@ pub(crate) async fn reconnect(
     let directory = node.paths.pod(&sandbox.id);
     let live = containers.into_iter().filter(|c| c.exit.is_none());
     let mut result =
-        Reconnected { monitor: Err(no_monitor()), ended: Vec::new(), started: Vec::new() };
+        Reconnected {
+            monitor: Err(no_monitor()),
+            ended: Vec::new(),
+            started: Vec::new(),
+            machine_ended: None,
+        };
     let known = match Client::connect(directory.path(), notices.clone()).await {
         Ok((client, hello)) => {
             result.monitor = Ok(client);
+            let ended = hello.guest.and_then(|guest| guest.ended);
+            result.machine_ended = ended.map(|ended| ended.message);
             hello.containers
         }
         Err(error) => {
@@ -65,7 +74,10 @@ pub(crate) async fn reconnect(
             }
         }
     }
-    if result.monitor.is_err() && sandbox.holdings.contains(&Holding::Monitor) {
+    if result.monitor.is_err() && sandbox.guest.is_some() {
+        // A machine dies with its monitor.
+        result.machine_ended = Some("the pod's monitor, and with it the machine, is gone".into());
+    } else if result.monitor.is_err() && sandbox.holdings.contains(&Holding::Monitor) {
         result.monitor = replace(&node, &sandbox, notices).await;
     }
     result
@@ -103,8 +115,22 @@ pub(crate) fn exit(exited: &message::Exited) -> Exit {
         code: exited.code,
         finished_at: if exited.finished_at == 0 { ids::now() } else { exited.finished_at },
         oom_killed: exited.oom_killed,
-        reason: None,
-        message: String::new(),
+        reason: reason(exited.cause()).map(str::to_string),
+        message: reason(exited.cause()).map_or_else(String::new, |_| MACHINE_GONE.to_string()),
+    }
+}
+
+/// What a person reads of a container whose machine ended under it; the machine's own words
+/// are in the pod's status.
+const MACHINE_GONE: &str = "the pod's virtual machine ended; `crictl inspectp` says why";
+
+/// CRI's reason for an end that was not the container's own.
+fn reason(cause: Cause) -> Option<&'static str> {
+    match cause {
+        Cause::Own => None,
+        Cause::VmmGone => Some("MachineEnded"),
+        Cause::GuestPanic => Some("GuestPanic"),
+        Cause::GuestBroken => Some("GuestBroken"),
     }
 }
 
@@ -116,6 +142,8 @@ struct ExitFile {
     finished_at: i64,
     #[serde(default)]
     oom_killed: bool,
+    #[serde(default)]
+    cause: String,
 }
 
 fn exit_file(directory: &ContainerDirectory) -> Option<Exit> {
@@ -125,12 +153,19 @@ fn exit_file(directory: &ContainerDirectory) -> Option<Exit> {
             |error| tracing::warn!(path = %directory.exit().display(), %error, "bad exit file"),
         )
         .ok()?;
-    Some(Exit {
+    let cause = match file.cause.as_str() {
+        "vmm-gone" => Cause::VmmGone,
+        "guest-panic" => Cause::GuestPanic,
+        "guest-broken" => Cause::GuestBroken,
+        _ => Cause::Own,
+    };
+    Some(exit(&message::Exited {
         code: file.code,
         finished_at: file.finished_at,
         oom_killed: file.oom_killed,
-        ..Exit::default()
-    })
+        cause: cause.into(),
+        ..Default::default()
+    }))
 }
 
 /// Kills what is left of a container that lost its monitor.
@@ -151,7 +186,7 @@ async fn replace(
 ) -> Result<Client> {
     let directory = node.paths.pod(&sandbox.id);
     monitor::end(directory.path()).await?;
-    node.start_monitor(&sandbox.id).await?;
+    node.start_monitor(&sandbox.id, None).await?;
     Ok(Client::connect(directory.path(), notices).await?.0)
 }
 

@@ -42,6 +42,7 @@ impl Holding {
             Self::Namespaces
             | Self::Shm
             | Self::Network
+            | Self::Machine { .. }
             | Self::Monitor
             | Self::ImageVolume { .. }
             | Self::Hugepages { .. }
@@ -106,6 +107,10 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
             blocking(move || unmount(&path)).await
         }
         Holding::Network => super::network::del(node, &release.sandbox).await,
+        Holding::Machine { parent } => {
+            let (node, parent) = (node.clone(), parent.clone());
+            blocking(move || node.cgroups.remove_machine(&parent)).await
+        }
         Holding::Monitor => end_monitor(release, directory.path()).await,
         Holding::ContainerDirectory { container } => {
             let path = directory.container(container).path().to_path_buf();

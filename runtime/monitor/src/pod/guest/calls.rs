@@ -21,7 +21,7 @@ use crate::container::{Change, Phase, Verb as Admitted};
 use crate::error::{Context, Error};
 use crate::event::{Key, Owner};
 use crate::exit;
-use crate::pod::attach::{admit, by_name};
+use crate::pod::attach::by_name;
 use crate::pod::clients::{Answer, done};
 use crate::pod::lifecycle::{change, check, check_id, check_path, open_log, pipes};
 use crate::pod::{Container, Pod, Reply};

@@ -1,0 +1,167 @@
+//! A container's configuration as the runtime in the guest gets it.
+//!
+//! What the host's runtime would do by namespaces of the pod, the guest is: its network, name
+//! and IPC objects are the pod's. What names things of the host (CPU numbers, devices, cgroup
+//! paths, mounts) is translated, left out, or refused.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType as Namespace, Mount, Spec};
+use pinion_spec::{PodNamespaces, PodPaths};
+
+use crate::error::{Error, Kind, Result};
+
+/// Files of the pod in the guest.
+const POD: &str = "/run/pinion/pod";
+
+/// What a pod lends to its containers in the guest. The namespaces are named so that the
+/// configuration is decided as for any other pod, and left out by [`adapt`].
+pub(crate) fn lend() -> PodPaths {
+    let inside = |name: &str| Some(Path::new(POD).join(name));
+    PodPaths {
+        namespaces: PodNamespaces {
+            net: inside("net"),
+            ipc: inside("ipc"),
+            uts: inside("uts"),
+            pid: inside("pid"),
+            user: None,
+        },
+        hosts: inside("hosts"),
+        hostname: inside("hostname"),
+        resolv_conf: inside("resolv.conf"),
+        shm: inside("shm"),
+    }
+}
+
+/// Turns a configuration for the host into one for the guest. Pure.
+pub(crate) fn adapt(mut spec: Spec, id: &str) -> Result<Spec> {
+    if let Some(root) = spec.root_mut() {
+        root.set_path(PathBuf::from("rootfs"));
+    }
+    for mount in spec.mounts().iter().flatten() {
+        check_mount(mount)?;
+    }
+    spec.set_annotations(None);
+    let Some(linux) = spec.linux_mut() else { return Ok(spec) };
+    linux.set_cgroups_path(Some(format!("/pinion/{id}").into()));
+    // AppArmor and memory policy are the host's; a mount label needs SELinux in the guest.
+    linux.set_mount_label(None);
+    let own = |kind: Namespace| !matches!(kind, Namespace::Network | Namespace::Uts | Namespace::Ipc);
+    if let Some(namespaces) = linux.namespaces_mut() {
+        namespaces.retain(|namespace| own(namespace.typ()));
+        // A PID namespace by path is the pod's shared one: in the guest, the guest's own.
+        namespaces.retain(|ns| ns.typ() != Namespace::Pid || ns.path().is_none());
+        if !namespaces.iter().any(|ns| ns.typ() == Namespace::Cgroup) {
+            namespaces.push(cgroup_namespace()?);
+        }
+    }
+    if linux.devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(refused("devices", "a device of the host is not in the guest"));
+    }
+    if let Some(resources) = linux.resources_mut() {
+        if let Some(limits) = resources.hugepage_limits()
+            && limits.iter().any(|limit| limit.limit() > 0)
+        {
+            return Err(refused("linux.resources.hugepage_limits", "no hugepages in guests yet"));
+        }
+        resources.set_hugepage_limits(None);
+        // Numbers of the host's processors and nodes; the guest has others.
+        if let Some(cpu) = resources.cpu_mut() {
+            cpu.set_cpus(None);
+            cpu.set_mems(None);
+        }
+    }
+    if let Some(process) = spec.process_mut() {
+        process.set_apparmor_profile(None);
+        process.set_selinux_label(None);
+    }
+    Ok(spec)
+}
+
+fn cgroup_namespace() -> Result<oci_spec::runtime::LinuxNamespace> {
+    oci_spec::runtime::LinuxNamespaceBuilder::default()
+        .typ(Namespace::Cgroup)
+        .build()
+        .map_err(|error| Error::internal("build a namespace").caused_by(error))
+}
+
+/// Binds of the pod's own files are in the guest; others would have to be carried there.
+fn check_mount(mount: &Mount) -> Result<()> {
+    let bind = mount.options().iter().flatten().any(|o| o == "bind" || o == "rbind");
+    let source = mount.source().as_deref().unwrap_or(Path::new(""));
+    if !bind || source.starts_with(POD) {
+        return Ok(());
+    }
+    let at = mount.destination().display();
+    let text = format!("{} at {at}: volumes are not carried into guests yet", source.display());
+    Err(refused("mounts", &text))
+}
+
+fn refused(field: &str, why: &str) -> Error {
+    Error::new(Kind::Precondition, format!("handler pinion-vm: {field}: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(extra: serde_json::Value) -> Spec {
+        let mut value = json!({
+            "ociVersion": "1.2.0",
+            "root": { "path": "/run/pods/p/containers/c/rootfs" },
+            "annotations": { "dev.pinion.partition": "isolated" },
+            "process": { "args": ["x"], "cwd": "/", "apparmorProfile": "p" },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/etc/hosts", "type": "bind",
+                  "source": "/run/pinion/pod/hosts", "options": ["rbind", "rw"] },
+            ],
+            "linux": {
+                "cgroupsPath": "kubepods.slice:pinion:c",
+                "namespaces": [
+                    { "type": "mount" }, { "type": "pid" },
+                    { "type": "network", "path": "/run/pinion/pod/net" },
+                    { "type": "uts", "path": "/run/pinion/pod/uts" },
+                    { "type": "ipc", "path": "/run/pinion/pod/ipc" },
+                ],
+                "resources": { "cpu": { "cpus": "6-7", "mems": "1", "shares": 512 } },
+            },
+        });
+        if let (Some(into), Some(from)) = (value.as_object_mut(), extra.as_object()) {
+            into.extend(from.clone());
+        }
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn nothing_of_the_host_is_left_in_it() {
+        let adapted = adapt(spec(json!({})), "c1").unwrap();
+        let text = serde_json::to_string(&adapted).unwrap();
+        for word in ["kubepods", "network", "uts", "6-7", "dev.pinion", "apparmorProfile", "/run/pods"] {
+            assert!(!text.contains(word), "{word}: {text}");
+        }
+        assert!(text.contains("\"cgroupsPath\":\"/pinion/c1\""), "{text}");
+        assert!(text.contains("\"shares\":512"), "{text}");
+    }
+
+    #[test]
+    fn a_shared_pid_namespace_is_the_guests() {
+        let linux = json!({ "linux": { "namespaces": [
+            { "type": "mount" }, { "type": "pid", "path": "/run/pinion/pod/pid" }] } });
+        let adapted = adapt(spec(linux), "c").unwrap();
+        let namespaces = adapted.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+        assert!(namespaces.iter().all(|ns| ns.typ() != Namespace::Pid));
+    }
+
+    #[test]
+    fn what_cannot_be_carried_is_refused_by_name() {
+        let mounts = json!({ "mounts": [{ "destination": "/data", "type": "bind",
+            "source": "/srv/data", "options": ["rbind"] }] });
+        let text = adapt(spec(mounts), "c").unwrap_err().to_string();
+        assert!(text.contains("/srv/data at /data"), "{text}");
+        let limits = json!({ "linux": { "resources": { "hugepageLimits": [
+            { "pageSize": "2MB", "limit": 2_097_152 }] } } });
+        assert!(adapt(spec(limits), "c").is_err());
+    }
+}
