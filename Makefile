@@ -27,7 +27,7 @@ build: setup-build ## build all binaries into one directory
 	cargo build --release --locked --workspace --bins
 	cargo build --profile dist --locked -p pinion -p pinion-monitor
 	@mkdir -p $(STAGE)
-	@for b in piniond pinctl pinion-tests pinion-bench; do \
+	@for b in piniond pinctl pinion-agent pinion-tests pinion-bench; do \
 		install -C -m 755 $(CARGO_TARGET_DIR)/$(TARGET)/release/$$b $(STAGE)/$$b; done
 	@for b in pinion pinion-monitor; do \
 		install -C -m 755 $(CARGO_TARGET_DIR)/$(TARGET)/dist/$$b $(STAGE)/$$b; done
@@ -44,6 +44,10 @@ demo: setup-demo build ## a pod with exclusive CPUs and pinned hugepages, in a v
 .PHONY: demo-host
 demo-host: setup-demo build ## the same on this machine, with an honest receipt of what it cannot give
 	$(HARNESS) demo host
+
+.PHONY: demo-vm
+demo-vm: setup-demo build ## a pod with a kernel of its own: guest and host side by side, receipt, times
+	$(HARNESS) demo-vm
 
 .PHONY: test
 test: setup-test build ## everything; ends with one line of totals
@@ -85,7 +89,7 @@ bench-cri: setup-test build ## pods through CRI against containerd and runc
 .PHONY: install
 install: build ## install binaries, unit file, man pages and completions below PREFIX (/usr/local)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
-	install -m 755 $(STAGE)/pinion $(STAGE)/pinion-monitor $(STAGE)/piniond $(STAGE)/pinctl $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(STAGE)/pinion $(STAGE)/pinion-monitor $(STAGE)/piniond $(STAGE)/pinion-agent $(STAGE)/pinctl $(DESTDIR)$(PREFIX)/bin/
 	sed 's|/usr/local|$(PREFIX)|g' cri-shim/server/piniond.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/piniond.service
 	$(HARNESS) manual $(DESTDIR)$(PREFIX)/share
 	$(STAGE)/pinctl completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/pinctl

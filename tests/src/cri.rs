@@ -343,6 +343,26 @@ impl Cri {
         serde_json::from_str(&text).during(|| "decode the server's info".into())
     }
 
+    /// Bytes of memory a container uses, by the server's statistics.
+    pub(crate) fn memory_used(&self, id: &str) -> Result<u64> {
+        let mut client = self.runtime();
+        let request = v1::ContainerStatsRequest { container_id: id.into() };
+        let answer =
+            self.call(&format!("ContainerStats {}", short(id)), client.container_stats(request))?;
+        let memory = answer.stats.and_then(|stats| stats.memory);
+        Ok(memory.and_then(|memory| memory.usage_bytes).map_or(0, |bytes| bytes.value))
+    }
+
+    /// What the server adds to a pod's status, as JSON.
+    pub(crate) fn pod_info(&self, id: &str) -> Result<serde_json::Value> {
+        let mut client = self.runtime();
+        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.into(), verbose: true };
+        let answer =
+            self.call(&format!("PodSandboxStatus {}", short(id)), client.pod_sandbox_status(request))?;
+        let text = answer.info.get("info").map(String::as_str).unwrap_or_default();
+        serde_json::from_str(text).during(|| "decode a pod's info".into())
+    }
+
     /// All pods.
     pub(crate) fn pods(&self) -> Result<Vec<v1::PodSandbox>> {
         let mut client = self.runtime();

@@ -148,6 +148,12 @@ pub(crate) fn process_ending(end: &str) -> Option<u32> {
     command_lines().into_iter().find(|(_, line)| line.ends_with(end))?.0.parse().ok()
 }
 
+/// A process whose command line has all these words in it.
+pub(crate) fn process_containing(words: &[&str]) -> Option<u32> {
+    let found = command_lines();
+    found.into_iter().find(|(_, line)| words.iter().all(|word| line.contains(word)))?.0.parse().ok()
+}
+
 /// Process ids and command lines; kernel threads have none and are left out.
 fn command_lines() -> Vec<(String, String)> {
     let mut found = Vec::new();

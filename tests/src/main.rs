@@ -27,6 +27,7 @@ mod server;
 mod site;
 mod suites;
 mod tools;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -78,6 +79,10 @@ enum Verb {
     Devices { place: Place },
     /// A pod with CPUs and hugepages of its own, and one that is refused.
     Demo { place: Place },
+    /// Pods with a kernel of their own, on this machine.
+    Vm,
+    /// One such pod, shown.
+    DemoVm,
     /// The suites meant for the inside of the virtual node.
     Suite,
     /// Benchmarks that need servers.
@@ -213,6 +218,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
         Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
         Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
+        Verb::Vm => vm::run(&assets)?,
+        Verb::DemoVm => vm::demo(&assets)?,
         Verb::Bench(BenchVerb::Cri { arguments }) => bench::cri(&assets, &arguments)?,
         Verb::Suite => suites::in_node()?,
         Verb::All => suites::all()?,

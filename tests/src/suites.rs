@@ -21,10 +21,11 @@ const IN_NODE: [Suite; 6] = [
 ];
 
 /// Everything, from a host.
-const ALL: [Suite; 6] = [
+const ALL: [Suite; 7] = [
     ("critest on this machine", &["critest", "host"]),
     ("crash on this machine", &["crash", "host"]),
     ("bad input on this machine", &["badinput", "host"]),
+    ("pods in virtual machines", &["vm"]),
     ("demo on this machine", &["demo", "host"]),
     ("demo in the node", &["demo", "node"]),
     ("all suites in the node", &["node", "suite"]),

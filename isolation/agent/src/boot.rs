@@ -130,11 +130,8 @@ fn find_port() -> Option<PathBuf> {
 
 /// Switches the machine off. Only if even that fails does it return.
 pub(crate) fn power_off() {
-    let failed = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
-    drop(failed.map_err(|errno| eprintln_errno(errno.into())));
-}
-
-fn eprintln_errno(error: io::Error) {
     use std::io::Write;
-    drop(writeln!(io::stderr(), "pinion-agent: power off: {error}"));
+    if let Err(error) = rustix::system::reboot(rustix::system::RebootCommand::PowerOff) {
+        drop(writeln!(io::stderr(), "pinion-agent: power off: {error}"));
+    }
 }

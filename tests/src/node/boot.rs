@@ -93,6 +93,24 @@ impl Parts {
     }
 }
 
+/// What guests of microVM pods are made of: the same emulator and kernel package.
+#[derive(Debug)]
+pub(crate) struct GuestParts {
+    /// The emulator's tree.
+    pub(crate) qemu: Tree,
+    /// The kernel as packaged, a bzImage.
+    pub(crate) kernel: PathBuf,
+    /// Its modules.
+    pub(crate) modules: PathBuf,
+}
+
+/// Fetches what is not in the cache.
+pub(crate) fn guest_parts(cache: &Cache) -> Result<GuestParts> {
+    let archive = Archive::new(cache);
+    let kernel = Kernel::find(&kernel_tree(cache, &archive)?)?;
+    Ok(GuestParts { qemu: archive.tree(&QEMU)?, kernel: kernel.image, modules: kernel.modules })
+}
+
 /// The kernel's package. Its name carries the version, so it is looked up once and kept.
 fn kernel_tree(cache: &Cache, archive: &Archive<'_>) -> Result<Tree> {
     let name_file = cache.path("debian/kernel-package");

@@ -20,7 +20,8 @@ const PAYLOAD_LENGTH: usize = 0x24c;
 pub(crate) struct Kernel {
     /// Its release, such as `6.12.95+deb12-amd64`.
     pub(crate) release: String,
-    image: PathBuf,
+    /// The image as packaged.
+    pub(crate) image: PathBuf,
     /// The directory that holds its modules.
     pub(crate) modules: PathBuf,
 }

@@ -29,7 +29,7 @@ use crate::cache::Cache;
 use crate::crates;
 use crate::error::{Error, Result};
 
-pub(crate) use boot::Parts;
+pub(crate) use boot::{Parts, guest_parts};
 
 /// What to run in the node, and how.
 #[derive(Debug, Clone)]

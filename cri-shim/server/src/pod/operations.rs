@@ -280,6 +280,10 @@ pub(crate) async fn update(
         if record.exit.is_some() {
             return Err(state_error(&record, "has exited"));
         }
+        if context.sandbox.guest.is_some() {
+            let why = "is in a guest, where limits cannot be changed while it runs";
+            return Err(state_error(&record, why));
+        }
         let Change { resources: change, told } = change;
         let change = match told {
             true => change,

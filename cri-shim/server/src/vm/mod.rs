@@ -14,6 +14,7 @@
 mod accelerator;
 mod disk;
 mod machine;
+mod receipt;
 mod spec;
 mod usage;
 
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use disk::ensure as ensure_disk;
 pub(crate) use machine::{check, plan_path, verify, write_plan};
+pub(crate) use receipt::receipt;
 pub(crate) use spec::{adapt, lend};
 pub(crate) use usage::{Usages, read as read_usages};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 type Loop = Reactor<LinkPart, ()>;
 
-struct End_ {
+struct Side {
     link: Link<LinkPart>,
     reactor: Loop,
     packets: Vec<What>,
@@ -16,19 +16,19 @@ fn pipe() -> (OwnedFd, OwnedFd) {
     pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap()
 }
 
-fn end(socket: UnixStream) -> End_ {
+fn end(socket: UnixStream) -> Side {
     socket.set_nonblocking(true).unwrap();
     let mut reactor = Loop::new().unwrap();
     let link = Link::new(socket.into(), |part| part, &mut reactor).unwrap();
-    End_ { link, reactor, packets: Vec::new() }
+    Side { link, reactor, packets: Vec::new() }
 }
 
-fn pair() -> (End_, End_) {
+fn pair() -> (Side, Side) {
     let (a, b) = UnixStream::pair().unwrap();
     (end(a), end(b))
 }
 
-impl End_ {
+impl Side {
     /// Serves what is ready now; whether anything was.
     fn turn(&mut self) -> Result<bool, LinkError> {
         let mut ready = Vec::new();
@@ -45,7 +45,7 @@ impl End_ {
 }
 
 /// Lets both sides work until neither has anything to do.
-fn settle(a: &mut End_, b: &mut End_) {
+fn settle(a: &mut Side, b: &mut Side) {
     for _ in 0..2000 {
         let (left, right) = (a.turn().unwrap(), b.turn().unwrap());
         if !left && !right {
@@ -123,7 +123,7 @@ fn a_reader_that_leaves_ends_the_writer() {
 }
 
 /// What one packet, sent by a hostile other side, comes to.
-fn told(setup: impl FnOnce(&mut End_), what: What) -> Result<bool, LinkError> {
+fn told(setup: impl FnOnce(&mut Side), what: What) -> Result<bool, LinkError> {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut end = end(ours);
     setup(&mut end);
@@ -136,15 +136,15 @@ fn told(setup: impl FnOnce(&mut End_), what: What) -> Result<bool, LinkError> {
 
 #[test]
 fn what_breaks_the_protocol_ends_the_link() {
-    let nothing = |_: &mut End_| {};
-    let reader = |end: &mut End_| {
+    let nothing = |_: &mut Side| {};
+    let reader = |end: &mut Side| {
         let (from, into) = pipe();
-        std::mem::forget(into);
+        Box::leak(Box::new(into));
         end.link.open_reader(5, from, &mut end.reactor).unwrap();
     };
-    let writer = |end: &mut End_| {
+    let writer = |end: &mut Side| {
         let (out, to) = pipe();
-        std::mem::forget(out);
+        Box::leak(Box::new(out));
         end.link.open_writer(5, to, &mut end.reactor).unwrap();
     };
     let data = |stream, length| What::Data(Data { stream, bytes: vec![0; length] });
