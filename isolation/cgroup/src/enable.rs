@@ -70,8 +70,14 @@ pub(crate) fn create_v1(root: &Path, leaf: &Path, controller: &str) -> Result<bo
     let mut new = false;
     for directory in chain(root, leaf) {
         new = make_directory(&directory)?;
-        if controller == "cpuset" {
-            inherit_cpuset(&parent, &directory)?;
+        if controller == "cpuset"
+            && let Err(error) = inherit_cpuset(&parent, &directory)
+        {
+            if new {
+                // Unusable, and nobody else knows that it is there.
+                let _ = fs::remove_dir(&directory);
+            }
+            return Err(error);
         }
         parent = directory;
     }
@@ -113,6 +119,14 @@ mod tests {
         let asked = fs::read_to_string(root.join("cgroup.subtree_control")).unwrap();
         assert_eq!(asked, "+memory +pids");
         assert!(!create_v2(&root, &root.join("a/b")).unwrap());
+    }
+
+    #[test]
+    fn a_cpuset_that_cannot_be_made_usable_is_not_left_behind() {
+        let tree = tempfile::tempdir().unwrap();
+        let root = directory(tree.path(), &[]);
+        assert!(create_v1(&root, &root.join("a"), "cpuset").is_err());
+        assert!(!root.join("a").exists());
     }
 
     #[test]

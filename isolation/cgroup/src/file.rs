@@ -1,20 +1,25 @@
-//! Reading and writing cgroup files: one `read` or `write` each, errors that name the file.
+//! Reading and writing cgroup files, errors that name the file.
+//!
+//! System calls are made directly: the standard library over musl needs seven for a file that
+//! four can read, and a container's life is mostly such files.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::{Error, Result};
 
 /// The whole file.
 pub(crate) fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })
+    text(path).map_err(|source| Error::Read { path: path.to_owned(), source })
 }
 
 /// The whole file, or `None` when it (or its directory) is not there, or its driver has
 /// nothing to say (`ENODEV`, `EOPNOTSUPP`: pressure files on kernels booted without PSI).
 pub(crate) fn read_if_present(path: &Path) -> Result<Option<String>> {
-    match fs::read_to_string(path) {
+    match text(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if is_absent(&error) => Ok(None),
         Err(source) => Err(Error::Read { path: path.to_owned(), source }),
@@ -49,7 +54,33 @@ pub(crate) fn write(path: &Path, value: &str) -> Result<()> {
 
 /// [`write`] with the bare cause.
 pub(crate) fn try_write(path: &Path, value: &str) -> io::Result<()> {
-    OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
+    let file = open(path, OFlags::WRONLY)?;
+    let mut rest = value.as_bytes();
+    while !rest.is_empty() {
+        match rustix::io::retry_on_intr(|| rustix::io::write(&file, rest))? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            written => rest = &rest[written..],
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
+    Ok(rustix::io::retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()))?)
+}
+
+fn text(path: &Path) -> io::Result<String> {
+    let file = open(path, OFlags::RDONLY)?;
+    let mut bytes = Vec::new();
+    let mut page = [0; 4096];
+    loop {
+        match rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut page))? {
+            0 => break,
+            length => bytes.extend_from_slice(&page[..length]),
+        }
+    }
+    String::from_utf8(bytes).map_err(|_not_utf8| io::ErrorKind::InvalidData.into())
 }
 
 /// `ENOENT` or `ENODEV`: the cgroup or the file is not there (any more).

@@ -222,9 +222,11 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<Parsed<T>, Co
     let mut document: Value = serde_json::from_slice(bytes).map_err(failed)?;
     let mut warnings = Vec::new();
     let changed = filter(&mut document, &mut warnings);
-    match serde_json::from_value(document) {
+    // As text once more: reading a value tree would be a second copy of all this code.
+    let filtered = serde_json::to_vec(&document).map_err(failed)?;
+    match serde_json::from_slice(&filtered) {
         Ok(value) if changed => Ok(Parsed { value, warnings }),
-        // The strict error knows the line; a value tree has none.
+        // The strict error knows the line in the file.
         _ => Err(failed(strict)),
     }
 }

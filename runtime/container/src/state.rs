@@ -177,7 +177,10 @@ impl StateDir {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists),
             other => {
                 other.doing(|| format!("mkdir {}", self.path.display()))?;
-                self.lock(FlockOperation::NonBlockingLockExclusive)
+                self.lock(FlockOperation::NonBlockingLockExclusive).inspect_err(|_error| {
+                    // Empty as it is, it would only keep the name.
+                    let _ = std::fs::remove_dir(&self.path);
+                })
             }
         }
     }

@@ -18,6 +18,7 @@ mod command_line;
 mod domain;
 mod errors;
 mod exec;
+mod faults;
 mod hooks;
 mod lifecycle;
 mod mounts;

@@ -298,6 +298,130 @@ fn a_runtime_killed_in_the_middle_leaves_what_delete_can_remove() {
     }
 }
 
+/// Exchanges two names below `directory` for as long as the value lives: what a container
+/// that shares a volume can do while another one is being made.
+struct Swapping {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: Option<std::thread::JoinHandle<u64>>,
+}
+
+impl Swapping {
+    fn start(one: PathBuf, other: PathBuf) -> Self {
+        use std::sync::atomic::Ordering;
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let asked = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut swaps = 0;
+            while !asked.load(Ordering::Relaxed) {
+                let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::EXCHANGE);
+                swaps +=
+                    u64::from(rustix::fs::renameat_with(cwd, &one, cwd, &other, flags).is_ok());
+            }
+            swaps
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Swapping {
+    fn drop(&mut self) {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let swaps = self.thread.take().map(|thread| thread.join());
+        assert!(matches!(swaps, Some(Ok(1..))), "nothing was swapped: {swaps:?}");
+    }
+}
+
+/// CVE-2021-30465 and CVE-2024-45310.
+#[test]
+fn a_mountpoint_swapped_for_a_link_leads_nowhere() {
+    let mut bundle = Bundle::new("true");
+    let sentinel = Sentinel::new(&bundle);
+    let shared = bundle.rootfs().join("shared");
+    std::fs::create_dir_all(shared.join("place")).unwrap();
+    symlink(&sentinel.directory, shared.join("link")).unwrap();
+    for number in 0..4 {
+        bundle.mount(&format!("/shared/place/directory{number}"), "tmpfs", "tmpfs", &[]);
+        bundle.mount(&format!("/shared/place/file{number}"), "bind", "/etc/hostname", &["bind"]);
+    }
+    let _swapping = Swapping::start(shared.join("place"), shared.join("link"));
+    for _ in 0..40 {
+        // Made or refused: both are fine.
+        let _ = bundle.run();
+        let _ = bundle.verb(&["delete", "--force", &bundle.id]);
+        sentinel.assert_untouched();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&*bundle.path().to_string_lossy()), "{mounts}");
+    }
+}
+
+/// A read-only path is bound onto itself: never another directory, and never writable.
+#[test]
+fn a_read_only_path_swapped_for_a_link_is_never_the_other_directory() {
+    if !is_pinion() {
+        return;
+    }
+    let mut bundle = Bundle::new("echo x >/shared/place/new && echo WROTE; cat /shared/place/ptmx");
+    let sentinel = Sentinel::new(&bundle);
+    let shared = bundle.rootfs().join("shared");
+    std::fs::create_dir_all(shared.join("place")).unwrap();
+    symlink(&sentinel.directory, shared.join("link")).unwrap();
+    bundle.config["linux"]["readonlyPaths"] = json!(["/shared/place"]);
+    let _swapping = Swapping::start(shared.join("place"), shared.join("link"));
+    for _ in 0..40 {
+        let outcome = bundle.run();
+        let _ = bundle.verb(&["delete", "--force", &bundle.id]);
+        sentinel.assert_untouched();
+        assert!(!outcome.stdout.contains("precious"), "{outcome:?}");
+    }
+}
+
+/// CVE-2025-31133, second form: without a null device nothing could be masked.
+#[test]
+fn a_missing_null_device_is_no_reason_to_leave_a_path_unmasked() {
+    let mut bundle = Bundle::new("cat /secret");
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+    std::fs::write(bundle.rootfs().join("secret"), "hidden").unwrap();
+    bundle.config["linux"]["maskedPaths"] = json!(["/secret"]);
+    let (null, away) = (bundle.rootfs().join("dev/null"), bundle.rootfs().join("dev/other"));
+    symlink("/secret", &away).unwrap();
+    std::fs::write(&null, "").unwrap();
+    let _swapping = Swapping::start(null, away);
+    for _ in 0..20 {
+        let outcome = bundle.run();
+        let _ = bundle.verb(&["delete", "--force", &bundle.id]);
+        assert!(!outcome.stdout.contains("hidden"), "{outcome:?}");
+    }
+}
+
+/// CVE-2025-52565: the terminal is bound over nothing but the container's own console.
+#[test]
+fn a_console_of_the_image_that_leads_elsewhere_is_not_bound_over() {
+    if !is_pinion() {
+        return;
+    }
+    for fifo in [false, true] {
+        let mut bundle = Bundle::new("true");
+        let sentinel = Sentinel::new(&bundle);
+        let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+        mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+        bundle.config["process"]["terminal"] = json!(true);
+        let console = bundle.rootfs().join("dev/console");
+        if fifo {
+            let mode = rustix::fs::Mode::from_raw_mode(0o600);
+            rustix::fs::mknodat(rustix::fs::CWD, &console, rustix::fs::FileType::Fifo, mode, 0)
+                .unwrap();
+        } else {
+            symlink(sentinel.directory.join("ptmx"), &console).unwrap();
+        }
+        let outcome = bundle.run();
+        assert_ne!(outcome.code, Some(0), "{outcome:?}");
+        assert!(outcome.stderr.contains("/dev/console"), "{outcome:?}");
+        sentinel.assert_untouched();
+        bundle.assert_nothing_left();
+    }
+}
+
 fn set_executable(path: &Path) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
