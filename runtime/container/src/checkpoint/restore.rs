@@ -127,7 +127,7 @@ impl Restoring<'_> {
     fn make_mountpoints(&self, hierarchies: &Hierarchies, cgroup: &Cgroup) -> Result<()> {
         let build = || {
             let cgroups = CgroupSource { hierarchies, paths: cgroup.paths(), namespaced: false };
-            let mut rootfs = Rootfs::enter(&self.plan.root, cgroups)?;
+            let mut rootfs = Rootfs::enter(&self.plan.root, cgroups, None)?;
             self.plan.mounts.iter().try_for_each(|mount| rootfs.mount(mount, None))
         };
         let (reader, writer) =

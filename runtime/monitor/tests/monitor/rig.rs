@@ -276,7 +276,7 @@ impl Rig {
     /// Attaches to a container's output; with `stdin` also to its input.
     pub fn attach(&mut self, id: &str, stdin: bool) -> Attached {
         let ((their_in, input), (out, their_out), (err, their_err)) = (pipe(), pipe(), pipe());
-        let verb = Attach { id: id.to_owned(), stdin, stdout: true, stderr: true };
+        let verb = Attach { id: id.to_owned(), stdin, stdout: true, stderr: true, patient: false };
         let fds = [their_in.as_fd(), their_out.as_fd(), their_err.as_fd()];
         let fds = if stdin { &fds[..] } else { &fds[1..] };
         let outcome = self.call(Verb::Attach(verb), fds);
