@@ -1,7 +1,7 @@
 //! What kubelet's CPU, memory and topology managers decide is in force, by the kernel's word,
 //! and stays so while kubelet keeps writing cpusets.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -68,11 +68,16 @@ pub(super) fn strict() -> Result<Exclusive> {
     for (file, wanted) in [
         ("hugetlb.2MB.max", 32 << 21),
         ("hugetlb.2MB.rsvd.max", 32 << 21),
-        ("hugetlb.2MB.current", (MAPPED + IN_FILE) << 21),
     ] {
         let value = evidence::line(&found.cgroup.join(file))?;
         ensure(value == u64::to_string(&wanted), || format!("{file} is {value}, not {wanted}"))?;
     }
+    // the file's pages stay charged to the pod when the container that made it is gone
+    let pod = found.cgroup.parent().unwrap_or(&found.cgroup).join("hugetlb.2MB.current");
+    let current = evidence::line(&pod)?;
+    ensure(current == u64::to_string(&((MAPPED + IN_FILE) << 21)), || {
+        format!("{} is {current}", pod.display())
+    })?;
     let pool = evidence::hugepages(found.node)?;
     ensure(pool.total - pool.free == MAPPED + IN_FILE, || {
         format!("node {} has {} of {} pages free", found.node, pool.free, pool.total)
@@ -231,6 +236,11 @@ pub(super) fn successor(stage: &mut Stage) -> Result<()> {
     stage.wait_gone("plain")?;
     place("first", &["grep", "Cpus_allowed_list", "/proc/self/status"])?;
     stage.wait_pod("first", "complete", |pod| pod["status"]["phase"] == "Succeeded")?;
+    // kubelet judges a static pod once: it must have taken back the CPUs of the first by then
+    settled(|| {
+        let state = evidence::line(Path::new("/var/lib/kubelet/cpu_manager_state"))?;
+        ensure(!state.contains("first-0"), || format!("the CPU manager still has {state}"))
+    })?;
     place("next", &["pinion-workload", "wait", "next"])?;
     stage.wait_ready("next")?;
     let next = exclusive("pinion-workload wait next")?;
