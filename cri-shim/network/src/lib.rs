@@ -30,7 +30,7 @@ mod status;
 pub use cni::{Dns, Interface, IpAssignment, PluginResult, Route};
 pub use engine::Engine;
 pub use error::NetworkError;
-pub use guard::ForeignChanges;
+pub use guard::{ForeignChanges, Watch};
 pub use network::{Network, NetworkConfig};
 pub use pod::{Attachment, PodNetwork, PortMapping, Protocol};
 pub use status::NetworkStatus;

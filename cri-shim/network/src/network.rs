@@ -8,7 +8,7 @@ use crate::cni::record::{Record, Records, Stored};
 use crate::cni::request;
 use crate::engine::Choice;
 use crate::error::NetworkError;
-use crate::guard::{ForeignChanges, Guard, Run};
+use crate::guard::{ForeignChanges, Guard, Run, Watch};
 use crate::namespaces;
 use crate::native::config::Plan;
 use crate::native::reaper::Reaper;
@@ -34,8 +34,8 @@ pub struct NetworkConfig {
     pub cache_dir: PathBuf,
     /// Common chains are done in this process instead of by their plugins.
     pub native: bool,
-    /// The node's network is compared before and after each attachment and detachment.
-    pub guard: bool,
+    /// When the node's network is compared before and after an attachment or detachment.
+    pub guard: Watch,
 }
 
 /// The pod network. Cheap to clone; all methods may run concurrently for different pods,
@@ -155,9 +155,11 @@ impl Network {
             // An ADD that a crash cut short: CNI wants a DEL before the next ADD.
             self.detach(id, &left).await?;
         }
-        let run = self.watch(id).await;
-        let outcome = self.attach(id, plan, record).await;
-        let (record, outcome) = outcome;
+        let run = self.watch(id, plan.is_ok()).await;
+        if run.is_none() {
+            shared.guard.know_of(&record.claims(id, false)); // before they appear
+        }
+        let (record, outcome) = self.attach(id, plan, record).await;
         self.unwatch(run, id, &record, outcome.is_err()).await;
         outcome
     }
@@ -186,8 +188,8 @@ impl Network {
     }
 
     /// Looks at the node's network before a chain runs.
-    async fn watch(&self, id: &str) -> Option<Run> {
-        if !self.shared.guard.on {
+    async fn watch(&self, id: &str, built_in: bool) -> Option<Run> {
+        if !self.shared.guard.watches(built_in) {
             return None;
         }
         let (guard, id) = (self.shared.guard.clone(), id.to_owned());
@@ -196,9 +198,9 @@ impl Network {
 
     /// Looks again. `last`: the pod is not attached any more.
     async fn unwatch(&self, run: Option<Run>, id: &str, record: &Record, last: bool) {
-        let Some(run) = run else { return };
         let claims = record.claims(id, last);
         let guard = self.shared.guard.clone();
+        let Some(run) = run else { return guard.know_of(&claims) };
         // An error is a panic of the thread, and the end of this run all the same.
         let _ = tokio::task::spawn_blocking(move || guard.end(&run, &claims)).await;
     }
@@ -264,7 +266,8 @@ impl Network {
             record.netns = PathBuf::new();
         }
         let id = &pod.sandbox_id;
-        let run = self.watch(id).await;
+        let built_in = shared.choice.plan(&record.network).is_ok();
+        let run = self.watch(id, built_in).await;
         let outcome = self.detach(id, &record).await;
         self.unwatch(run, id, &record, true).await;
         outcome

@@ -9,6 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use pinion_network::Watch;
 use serde::{Deserialize, Serialize};
 
 /// Where the configuration is looked for when no path is given.
@@ -182,8 +183,9 @@ pub struct Network {
     /// itself, with the plugins' leases and rules; `false` executes the plugins always.
     pub native: bool,
     /// The node's links, addresses, routes, rules and nftables tables are compared before and
-    /// after a pod is attached or detached; what is not the pod's is reported.
-    pub guard: bool,
+    /// after a pod is attached or detached, and what is not the pod's is reported: when its
+    /// `plugins` are executed, for `all` pods, or `off`.
+    pub guard: Watch,
 }
 
 impl Default for Network {
@@ -193,7 +195,7 @@ impl Default for Network {
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             cache_dir: "/var/lib/cni".into(),
             native: true,
-            guard: true,
+            guard: Watch::Plugins,
         }
     }
 }

@@ -16,6 +16,7 @@
 
 pub(crate) mod snapshot;
 
+use serde::{Deserialize, Serialize};
 use snapshot::{Change, Object, Snapshot};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -34,6 +35,18 @@ pub struct ForeignChanges {
     pub pods: Vec<String>,
     /// The changes, as `ip` and `nft` would put them.
     pub changes: Vec<String>,
+}
+
+/// Which runs are watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Watch {
+    /// None.
+    Off,
+    /// Those of executed plugins, the foreign code; what is built in costs less than the look.
+    Plugins,
+    /// All.
+    All,
 }
 
 /// What belongs to a run.
@@ -105,17 +118,26 @@ struct State {
 #[derive(Debug)]
 pub(crate) struct Guard {
     /// The switch of the configuration.
-    pub(crate) on: bool,
+    watch: Watch,
     state: Mutex<State>,
 }
 
 impl Guard {
-    pub(crate) fn new(on: bool) -> Self {
-        Self { on, state: Mutex::default() }
+    pub(crate) fn new(watch: Watch) -> Self {
+        Self { watch, state: Mutex::default() }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes links of a pod whose run is not watched: others' runs see them.
+    pub(crate) fn know_of(&self, claims: &Claims) {
+        if self.watch == Watch::Off {
+            return;
+        }
+        let gone = claims.last.then(Instant::now);
+        self.state().known.extend(claims.links.iter().map(|link| (link.clone(), gone)));
     }
 
     /// Notes links of pods that were attached before this process began.
@@ -123,11 +145,17 @@ impl Guard {
         self.state().known.extend(links.into_iter().map(|link| (link, None)));
     }
 
-    /// Begins a run for a pod; `None` when switched off or when nothing can be seen. Blocks.
-    pub(crate) fn begin(&self, pod: &str) -> Option<Run> {
-        if !self.on {
-            return None;
+    /// Whether chains that are built in, or not, are watched.
+    pub(crate) fn watches(&self, built_in: bool) -> bool {
+        match self.watch {
+            Watch::Off => false,
+            Watch::Plugins => !built_in,
+            Watch::All => true,
         }
+    }
+
+    /// Begins a run for a pod; `None` when nothing can be seen. Blocks.
+    pub(crate) fn begin(&self, pod: &str) -> Option<Run> {
         // Open before the look: what overlaps is then known to overlap.
         let id = {
             let mut state = self.state();

@@ -77,7 +77,7 @@ impl Node {
             bin_dirs,
             cache_dir: root.join("records"),
             native: true,
-            guard: true,
+            guard: pinion_network::Watch::All,
         })
     }
 
