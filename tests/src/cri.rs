@@ -357,8 +357,8 @@ impl Cri {
     pub(crate) fn pod_info(&self, id: &str) -> Result<serde_json::Value> {
         let mut client = self.runtime();
         let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.into(), verbose: true };
-        let answer =
-            self.call(&format!("PodSandboxStatus {}", short(id)), client.pod_sandbox_status(request))?;
+        let answer = self
+            .call(&format!("PodSandboxStatus {}", short(id)), client.pod_sandbox_status(request))?;
         let text = answer.info.get("info").map(String::as_str).unwrap_or_default();
         serde_json::from_str(text).during(|| "decode a pod's info".into())
     }

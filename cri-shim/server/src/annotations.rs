@@ -59,10 +59,7 @@ pub(crate) struct MachineWishes {
 impl MachineWishes {
     /// Reads the pod's annotations.
     pub(crate) fn read(annotations: &HashMap<String, String>) -> Result<Self> {
-        Ok(Self {
-            cpus: number(annotations, VM_CPUS)?,
-            memory: number(annotations, VM_MEMORY)?,
-        })
+        Ok(Self { cpus: number(annotations, VM_CPUS)?, memory: number(annotations, VM_MEMORY)? })
     }
 }
 

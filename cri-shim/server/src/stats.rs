@@ -77,7 +77,9 @@ pub(crate) async fn containers(
 }
 
 /// Each pod once.
-fn distinct<'a>(pods: impl Iterator<Item = &'a Arc<PodView>>) -> impl Iterator<Item = &'a Arc<PodView>> {
+fn distinct<'a>(
+    pods: impl Iterator<Item = &'a Arc<PodView>>,
+) -> impl Iterator<Item = &'a Arc<PodView>> {
     let mut seen = std::collections::HashSet::new();
     pods.filter(move |pod| seen.insert(pod.sandbox.id.clone()))
 }

@@ -53,16 +53,9 @@ enum Source {
 #[derive(Debug)]
 pub(crate) enum Word {
     /// An answer; once what is in these streams was sent, which are closed then.
-    Answer {
-        response: Response,
-        after: Vec<u32>,
-    },
+    Answer { response: Response, after: Vec<u32> },
     /// A connection that is stream `read` and `written`.
-    Connected {
-        socket: OwnedFd,
-        read: u32,
-        written: u32,
-    },
+    Connected { socket: OwnedFd, read: u32, written: u32 },
     /// The call is over.
     Over,
 }
@@ -126,8 +119,7 @@ pub(crate) fn run(channel: OwnedFd) -> Result<(), Error> {
             match bridge.reactor.source(*token) {
                 Some(Source::Link(part)) => {
                     let mut packets = Vec::new();
-                    let served =
-                        bridge.link.ready(part, *what, &mut bridge.reactor, &mut packets);
+                    let served = bridge.link.ready(part, *what, &mut bridge.reactor, &mut packets);
                     for packet in packets {
                         bridge.take(packet)?;
                     }

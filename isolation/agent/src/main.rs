@@ -39,7 +39,9 @@ const RUNTIME_ROOT: &str = "/run/pinion/runtime";
 fn main() -> ExitCode {
     if !rustix::process::getpid().is_init() {
         let version = env!("CARGO_PKG_VERSION");
-        let text = format!("pinion-agent {version}\nIt is the first process of a guest and does nothing elsewhere.\n");
+        let text = format!(
+            "pinion-agent {version}\nIt is the first process of a guest and does nothing elsewhere.\n"
+        );
         let asked = std::env::args().nth(1).is_some_and(|argument| argument == "--version");
         drop(std::io::stdout().write_all(text.as_bytes()));
         return if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE };

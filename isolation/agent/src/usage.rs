@@ -19,8 +19,8 @@ pub(crate) fn read(ids: &[String]) -> Result<UsageReply, Error> {
     let mut reply = UsageReply::default();
     for id in ids {
         let path = cgroup_path(id);
-        let paths =
-            Cgroup::plan(&hierarchies, Driver::Cgroupfs, Some(path.as_str()), id).map_err(failed)?;
+        let paths = Cgroup::plan(&hierarchies, Driver::Cgroupfs, Some(path.as_str()), id)
+            .map_err(failed)?;
         let group = Cgroup::open(paths);
         // One that ended a moment ago has none.
         if group.exists()

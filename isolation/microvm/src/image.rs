@@ -148,7 +148,9 @@ fn load(directory: &Path, id: &str) -> Result<Option<Image>> {
     let path = directory.join(id).join("image.json");
     let text = match fs::read(&path) {
         Ok(text) => text,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
             return Ok(None);
         }
         Err(error) => return Err(error).context(|| format!("read {}", path.display())),
@@ -224,8 +226,8 @@ fn initramfs(inputs: &Inputs) -> Result<Vec<u8>> {
 /// Refuses a program that needs a loader: there is none in the guest.
 fn check_static(program: &Path) -> Result<()> {
     let bytes = fs::read(program).context(|| format!("read {}", program.display()))?;
-    let executable = fs::metadata(program)
-        .is_ok_and(|metadata| metadata.permissions().mode() & 0o111 != 0);
+    let executable =
+        fs::metadata(program).is_ok_and(|metadata| metadata.permissions().mode() & 0o111 != 0);
     if !bytes.starts_with(b"\x7fELF") || !executable {
         return bad(program, "not an executable program");
     }

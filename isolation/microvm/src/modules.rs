@@ -101,9 +101,8 @@ fn section<'a>(object: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     if !object.starts_with(b"\x7fELF\x02\x01") {
         return None;
     }
-    let half = |at: usize| {
-        Some(usize::from(u16::from_le_bytes(object.get(at..at + 2)?.try_into().ok()?)))
-    };
+    let half =
+        |at: usize| Some(usize::from(u16::from_le_bytes(object.get(at..at + 2)?.try_into().ok()?)));
     let long = |at: usize| {
         let bytes = object.get(at..at.checked_add(8)?)?.try_into().ok()?;
         usize::try_from(u64::from_le_bytes(bytes)).ok()

@@ -191,8 +191,7 @@ impl Netlink {
         // A gateway need not be in a network of ours: point-to-point set-ups rely on it.
         let flags = if route.gateway.is_some() { ONLINK } else { 0 };
         header.extend_from_slice(&flags.to_ne_bytes());
-        let mut message =
-            Message::new(NEWROUTE, REQUEST | ACK | CREATE | REPLACE).raw(&header);
+        let mut message = Message::new(NEWROUTE, REQUEST | ACK | CREATE | REPLACE).raw(&header);
         if let Some(ip) = route.destination {
             message = message.attribute(1, &octets(ip).1);
         }
@@ -207,7 +206,8 @@ impl Netlink {
     /// # Errors
     /// What the kernel says.
     pub fn redirect(&mut self, from: i32, to: i32) -> io::Result<()> {
-        let discard = Message::new(DELQDISC, REQUEST | ACK).raw(&traffic(from, INGRESS_HANDLE, INGRESS, 0));
+        let discard =
+            Message::new(DELQDISC, REQUEST | ACK).raw(&traffic(from, INGRESS_HANDLE, INGRESS, 0));
         // Whatever a former redirection left; usually there is nothing.
         drop(self.ask(&discard));
         let qdisc = Message::new(NEWQDISC, REQUEST | ACK | CREATE)
@@ -419,7 +419,8 @@ fn route(body: &[u8]) -> Option<Route> {
     const MAIN: u32 = 254;
     let list = attributes(body, 12);
     let value = |wanted| list.iter().find(|(kind, _)| *kind == wanted).map(|(_, value)| *value);
-    let table = value(15).and_then(number).unwrap_or_else(|| body.get(4).map_or(0, |t| u32::from(*t)));
+    let table =
+        value(15).and_then(number).unwrap_or_else(|| body.get(4).map_or(0, |t| u32::from(*t)));
     if *body.get(7)? != UNICAST || table != MAIN {
         return None;
     }

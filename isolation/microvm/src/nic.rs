@@ -43,8 +43,7 @@ pub struct Carried {
 pub fn carry(namespace: &Path) -> Result<Vec<Carried>> {
     let home = File::open("/proc/self/ns/net").context(|| "open /proc/self/ns/net".into())?;
     let there = File::open(namespace).context(|| format!("open {}", namespace.display()))?;
-    setns(&there, CloneFlags::CLONE_NEWNET)
-        .context(|| format!("enter {}", namespace.display()))?;
+    setns(&there, CloneFlags::CLONE_NEWNET).context(|| format!("enter {}", namespace.display()))?;
     let carried = carry_here();
     setns(&home, CloneFlags::CLONE_NEWNET).context(|| "leave the pod's network".into())?;
     carried
@@ -56,7 +55,8 @@ fn carry_here() -> Result<Vec<Carried>> {
     let addresses = netlink.addresses().context(|| "list addresses".into())?;
     let routes = netlink.routes().context(|| "list routes".into())?;
     // Tunnel templates that the kernel puts into every namespace have no Ethernet address.
-    let wanted: Vec<Link> = links.into_iter().filter(|l| l.mac.len() == 6 && l.name != "lo" && l.up).collect();
+    let wanted: Vec<Link> =
+        links.into_iter().filter(|l| l.mac.len() == 6 && l.name != "lo" && l.up).collect();
     if wanted.len() > MOST {
         let count = wanted.len();
         return Err(Error::Refused(format!("{count} interfaces; a guest can have {MOST}")));
@@ -80,7 +80,8 @@ fn carry_here() -> Result<Vec<Carried>> {
                 .context(|| format!("redirect {} to {}", from.name, to.name))?;
         }
         let index = link.index;
-        let own = addresses.iter().filter(|address| address.index == index && !is_automatic(address));
+        let own =
+            addresses.iter().filter(|address| address.index == index && !is_automatic(address));
         let through = routes.iter().filter(|route| route.index == index && route.protocol != 2);
         carried.push(Carried {
             tap,

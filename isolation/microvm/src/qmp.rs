@@ -251,8 +251,11 @@ mod tests {
         for early in [true, false] {
             let mut session = greeted();
             session.push(1, vec![command("del"), Step::Gone("x".into()), command("after")]);
-            let parts: [&[u8]; 2] =
-                if early { [deleted, b"{\"return\": {}}\n"] } else { [b"{\"return\": {}}\n", deleted] };
+            let parts: [&[u8]; 2] = if early {
+                [deleted, b"{\"return\": {}}\n"]
+            } else {
+                [b"{\"return\": {}}\n", deleted]
+            };
             for part in parts {
                 session.feed(part).unwrap();
             }

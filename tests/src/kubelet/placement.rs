@@ -65,10 +65,7 @@ pub(super) fn strict() -> Result<Exclusive> {
     ensure(mapped.get(&found.node) == Some(&MAPPED) && mapped.len() == 1, || {
         format!("its pages lie on {mapped:?}, its CPUs on node {}", found.node)
     })?;
-    for (file, wanted) in [
-        ("hugetlb.2MB.max", 32 << 21),
-        ("hugetlb.2MB.rsvd.max", 32 << 21),
-    ] {
+    for (file, wanted) in [("hugetlb.2MB.max", 32 << 21), ("hugetlb.2MB.rsvd.max", 32 << 21)] {
         let value = evidence::line(&found.cgroup.join(file))?;
         ensure(value == u64::to_string(&wanted), || format!("{file} is {value}, not {wanted}"))?;
     }

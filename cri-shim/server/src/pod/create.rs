@@ -379,8 +379,7 @@ fn prepare(
     let volumes = volumes::mount(node, &context.sandbox, record)?;
     devices.bind()?;
     let config = devices.extend(&record.config);
-    let built =
-        build(context, record, decision, (&config, devices), &rootfs, volumes.clone())?;
+    let built = build(context, record, decision, (&config, devices), &rootfs, volumes.clone())?;
     for source in &built.0.missing_sources {
         fs::create_dir_all(source).context(|| format!("create {}", source.display()))?;
     }

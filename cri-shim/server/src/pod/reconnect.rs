@@ -42,13 +42,12 @@ pub(crate) async fn reconnect(
 ) -> Reconnected {
     let directory = node.paths.pod(&sandbox.id);
     let live = containers.into_iter().filter(|c| c.exit.is_none());
-    let mut result =
-        Reconnected {
-            monitor: Err(no_monitor()),
-            ended: Vec::new(),
-            started: Vec::new(),
-            machine_ended: None,
-        };
+    let mut result = Reconnected {
+        monitor: Err(no_monitor()),
+        ended: Vec::new(),
+        started: Vec::new(),
+        machine_ended: None,
+    };
     let known = match Client::connect(directory.path(), notices.clone()).await {
         Ok((client, hello)) => {
             result.monitor = Ok(client);

@@ -17,7 +17,7 @@ use pinion_microvm::plan::Plan;
 use tokio::sync::mpsc;
 
 use super::{Machines, Prepared};
-use crate::config::{VmAccelerator, Vm};
+use crate::config::{Vm, VmAccelerator};
 use crate::error::{Context, Error, Kind, Result};
 use crate::monitor::{self, Client};
 use crate::node::Node;

@@ -150,8 +150,7 @@ mod tests {
         let linux = v1::LinuxPodSandboxConfig { resources: Some(resources), ..Default::default() };
         let annotations =
             annotations.iter().map(|(k, v)| ((*k).to_string(), (*v).to_string())).collect();
-        let config =
-            v1::PodSandboxConfig { linux: Some(linux), annotations, ..Default::default() };
+        let config = v1::PodSandboxConfig { linux: Some(linux), annotations, ..Default::default() };
         Sandbox { config: Wire(config), ..Default::default() }
     }
 
@@ -179,7 +178,8 @@ mod tests {
     fn the_hosts_namespaces_are_refused_by_name() {
         let mut sandbox = pod(LinuxContainerResources::default(), &[]);
         check(&sandbox).unwrap();
-        let options = v1::NamespaceOption { network: NamespaceMode::Node.into(), ..Default::default() };
+        let options =
+            v1::NamespaceOption { network: NamespaceMode::Node.into(), ..Default::default() };
         let security = v1::LinuxSandboxSecurityContext {
             namespace_options: Some(options),
             ..Default::default()

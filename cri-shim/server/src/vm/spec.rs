@@ -46,7 +46,8 @@ pub(crate) fn adapt(mut spec: Spec, id: &str) -> Result<Spec> {
     linux.set_cgroups_path(Some(format!("/pinion/{id}").into()));
     // AppArmor and memory policy are the host's; a mount label needs SELinux in the guest.
     linux.set_mount_label(None);
-    let own = |kind: Namespace| !matches!(kind, Namespace::Network | Namespace::Uts | Namespace::Ipc);
+    let own =
+        |kind: Namespace| !matches!(kind, Namespace::Network | Namespace::Uts | Namespace::Ipc);
     if let Some(namespaces) = linux.namespaces_mut() {
         namespaces.retain(|namespace| own(namespace.typ()));
         // A PID namespace by path is the pod's shared one: in the guest, the guest's own.
@@ -138,7 +139,9 @@ mod tests {
     fn nothing_of_the_host_is_left_in_it() {
         let adapted = adapt(spec(json!({})), "c1").unwrap();
         let text = serde_json::to_string(&adapted).unwrap();
-        for word in ["kubepods", "network", "uts", "6-7", "dev.pinion", "apparmorProfile", "/run/pods"] {
+        for word in
+            ["kubepods", "network", "uts", "6-7", "dev.pinion", "apparmorProfile", "/run/pods"]
+        {
             assert!(!text.contains(word), "{word}: {text}");
         }
         assert!(text.contains("\"cgroupsPath\":\"/pinion/c1\""), "{text}");

@@ -29,11 +29,8 @@ fn inputs(dir: &Path) -> Inputs {
     write(&dir.join("pinion"), &program(None));
     let builtin: String = MODULES.iter().map(|name| format!("kernel/{name}.ko\n")).collect();
     write(&dir.join("6.1/modules.builtin"), builtin.as_bytes());
-    let kernel = Kernel {
-        release: "6.1".into(),
-        image: dir.join("vmlinux"),
-        modules: dir.join("6.1"),
-    };
+    let kernel =
+        Kernel { release: "6.1".into(), image: dir.join("vmlinux"), modules: dir.join("6.1") };
     Inputs { kernel, agent: dir.join("agent"), runtime: dir.join("pinion") }
 }
 

@@ -76,9 +76,16 @@ pub(super) enum Pending {
     /// Anything that is answered with done and changes nothing here.
     Plain(Reply),
     Delete(Key, Reply),
-    Exec { reply: Reply, streams: Vec<u32>, started: bool },
+    Exec {
+        reply: Reply,
+        streams: Vec<u32>,
+        started: bool,
+    },
     Usage(Reply),
-    Dial { reply: Reply, streams: Vec<u32> },
+    Dial {
+        reply: Reply,
+        streams: Vec<u32>,
+    },
 }
 
 /// A container on its way into the guest.

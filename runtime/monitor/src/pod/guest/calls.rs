@@ -111,7 +111,8 @@ impl Pod {
         let disk = File::open(&create.disk).context(|| format!("open {:?}", create.disk))?;
         let log = open_log(&create)?;
         let (mut ends, theirs) = pipes(create.stdin)?;
-        let mut outputs: Vec<OwnedFd> = [theirs.stdout, theirs.stderr].into_iter().flatten().collect();
+        let mut outputs: Vec<OwnedFd> =
+            [theirs.stdout, theirs.stderr].into_iter().flatten().collect();
         if create.terminal {
             // All output of a terminal is one stream.
             outputs.truncate(1);
@@ -143,7 +144,12 @@ impl Pod {
     }
 
     /// The container's disk is in the machine, or is not.
-    pub(super) fn plugged(&mut self, key: Key, mut creation: Creation, plugged: Result<(), String>) {
+    pub(super) fn plugged(
+        &mut self,
+        key: Key,
+        mut creation: Creation,
+        plugged: Result<(), String>,
+    ) {
         let reply = creation.reply;
         let called = plugged
             .map_err(|why| Error::Invalid(format!("plug in the root filesystem: {}", tamed(&why))))
@@ -154,7 +160,12 @@ impl Pod {
                     ..creation.create.clone()
                 };
                 let document = std::mem::take(&mut creation.document);
-                self.call(Verb::Create(create), document, streams, Pending::Create(key, Box::new(creation)))
+                self.call(
+                    Verb::Create(create),
+                    document,
+                    streams,
+                    Pending::Create(key, Box::new(creation)),
+                )
             });
         if let Err(error) = called {
             self.drop_inside(key);
@@ -460,4 +471,3 @@ fn document(path: &Path) -> Result<Vec<u8>, Error> {
     }
     Ok(bytes)
 }
-

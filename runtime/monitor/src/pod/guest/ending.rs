@@ -42,8 +42,7 @@ impl Pod {
         let waiting =
             !guest.held.is_empty() || guest.inside.values().any(|inside| inside.ended.is_some());
         for (key, exited) in over {
-            let outputs =
-                self.guest().and_then(|g| g.inside.get(&key)).map(|i| i.outputs.clone());
+            let outputs = self.guest().and_then(|g| g.inside.get(&key)).map(|i| i.outputs.clone());
             self.close_streams(&outputs.unwrap_or_default());
             self.init_ended(key, exited);
         }
@@ -191,4 +190,3 @@ fn reply_of(pending: &Pending) -> crate::pod::Reply {
         | Pending::Dial { reply, .. } => *reply,
     }
 }
-
