@@ -53,6 +53,8 @@ pub(crate) fn conduct(mut conduct: Conduct) {
         _ => Err(Error::Invalid("a verb that is not for a guest".into())),
     };
     match result {
+        // The streams of an answer end with it; a container's are only about to begin.
+        Ok(outcome @ Outcome::Created(_)) => answer(outcome, Vec::new()),
         Ok(outcome) => answer(outcome, after),
         Err(error) => {
             let kind = match error {

@@ -120,7 +120,11 @@ impl Pod {
     /// It took too long.
     pub(in crate::pod) fn boot_overdue(&mut self) {
         let Some(guest) = self.guest() else { return };
-        if matches!(guest.state, State::Booting | State::SettingUp) {
+        guest.boot = None;
+        if guest.state == State::Up {
+            let text = "the agent has left, and the machine went on without it".to_owned();
+            self.kill_machine(Cause::GuestBroken, text);
+        } else if matches!(guest.state, State::Booting | State::SettingUp) {
             let limit = Duration::from_millis(guest.plan.boot_limit);
             let (accelerator, stage) = (
                 guest.plan.machine.accelerator.name(),
