@@ -112,7 +112,8 @@ mod tests {
             "ociVersion": "1.2.0",
             "root": { "path": "/run/pods/p/containers/c/rootfs" },
             "annotations": { "dev.pinion.partition": "isolated" },
-            "process": { "args": ["x"], "cwd": "/", "apparmorProfile": "p" },
+            "process": { "args": ["x"], "cwd": "/", "user": { "uid": 0, "gid": 0 },
+                         "apparmorProfile": "p" },
             "mounts": [
                 { "destination": "/proc", "type": "proc", "source": "proc" },
                 { "destination": "/etc/hosts", "type": "bind",
