@@ -9,16 +9,15 @@ use pinion_seccomp::Program;
 use pinion_sys::clone::Child;
 use rustix::thread::CapabilitySet;
 
-use crate::child::{Join, Tenant, run_tenant};
+use crate::child::Tenant;
 use crate::error::{Doing, Error, Result};
-use crate::launch::Host;
 use crate::memory_policy::MemoryPolicy;
 use crate::namespaces::bit;
 use crate::process::ProcessPlan;
 use crate::protocol::Channel;
 use crate::state::{Record, StateDir};
 use crate::status::Status;
-use crate::{capability, config, create, listener, paths, personality};
+use crate::{capability, config, create, launch, listener, midwife, paths, personality};
 
 /// What `exec` is told.
 #[derive(Debug)]
@@ -184,32 +183,28 @@ impl Place<'_> {
         options: &ExecOptions<'_>,
     ) -> Result<(Child, Channel)> {
         let (channel, theirs) = Channel::pair().doing(|| "socketpair".into())?;
-        let pid_bit = bit(LinuxNamespaceType::Pid);
+        let (directory, join) = launch::birthplace(self.cgroup)?;
+        let duplicate = |fd: &OwnedFd| fd.try_clone().doing(|| "dup".into());
         let tenant = Tenant {
             process: plan,
             id: options.id,
             filter,
             personality: self.personality,
             memory_policy: self.memory_policy.as_ref(),
-            container: self.container.try_clone().doing(|| "dup".into())?,
-            namespaces: self.record.namespaces & !pid_bit,
+            container: Some(duplicate(self.container)?),
+            namespaces: self.record.namespaces,
             cgroup: self.cgroup,
-            join: Join::Done,
-            console: match &options.console {
-                Some(socket) => Some(socket.try_clone().doing(|| "dup".into())?),
-                None => None,
-            },
+            join,
+            console: options.console.as_ref().map(duplicate).transpose()?,
             new_keyring: !options.no_new_keyring,
             keep_fds: options.preserve_fds + create::listen_fds(),
         };
-        let joins_pid = self.record.namespaces & pid_bit != 0;
-        let host = Host { cgroup: self.cgroup, pid_of: joins_pid.then_some(self.container) };
-        let mut parts = Some((tenant, theirs));
-        let child = host.give(|join| match parts.take() {
-            Some((tenant, channel)) => run_tenant(&Tenant { join, ..tenant }, &channel),
-            None => 1,
-        })?;
-        drop(parts);
+        let child = midwife::give(
+            directory.as_ref().map(AsFd::as_fd),
+            0,
+            |answer| tenant.enter(&theirs, answer),
+            |entered| entered.run(&theirs),
+        )?;
         Ok((child, channel))
     }
 }

@@ -7,20 +7,22 @@
 //!
 //! New namespaces must belong to the user namespace the container runs in. When that one
 //! exists already, only a process that has joined it can make them; having joined, it cannot
-//! come back, hence the midwife, which ends at once.
+//! come back, hence the [midwife](crate::midwife), which ends at once.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::LinuxNamespaceType;
 use pinion_cgroup::Cgroup;
-use pinion_sys::clone::{Child, Clone, Exit, setns, spawn, unshare};
+use pinion_sys::clone::{Child, Clone, setns, spawn, unshare};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 
-use crate::child::Join;
+use crate::child::{Join, Step};
 use crate::error::{Doing, Error, Failure, Result};
+use crate::midwife;
 use crate::namespaces::{Mappings, Namespaces};
+use crate::protocol::Report;
 
 /// The existing namespaces of a plan, opened.
 #[derive(Debug, Default)]
@@ -151,82 +153,26 @@ impl Birth<'_> {
         user: &OwnedFd,
         flags: u64,
         join: Join,
-        cgroup: Option<std::os::fd::BorrowedFd<'_>>,
+        cgroup: Option<BorrowedFd<'_>>,
         body: impl FnOnce(Join) -> i32,
     ) -> Result<Child> {
-        let (reader, writer) =
-            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing(|| "pipe".into())?;
-        let midwife = spawn(&Clone { flags: 0, cgroup }, || {
-            let born = join
-                .carry_out(self.cgroup)
+        let enter = |_: BorrowedFd<'_>| {
+            join.carry_out(self.cgroup)
                 .and_then(|()| setns(user.as_fd(), 0).doing(|| "join the user namespace".into()))
-                .and_then(|()| {
-                    let flags = flags | libc::CLONE_PARENT as u64;
-                    spawn(&Clone { flags, cgroup: None }, || body(Join::Done))
-                        .doing(|| "clone the container's process".into())
-                });
-            let answer = match born {
-                Ok(child) => Ok(child.pid.as_raw_nonzero().get()),
-                Err(failure) => Err(crate::error::chain(&failure)),
-            };
-            let sent = serde_json::to_vec(&answer).map(|bytes| rustix::io::write(&writer, &bytes));
-            i32::from(!matches!(sent, Ok(Ok(_))))
-        })
-        .doing(|| "clone".into())?;
-        drop(writer);
-        let mut answer = vec![0; 4096];
-        let length = rustix::io::retry_on_intr(|| rustix::io::read(&reader, &mut answer));
-        let exit = midwife.wait().doing(|| "wait for the midwife".into())?;
-        if exit != Exit::Code(0) {
-            return Err(Error::ChildVanished("joining the user namespace"));
-        }
-        answer.truncate(length.doing(|| "read".into())?);
-        let answer: Result<i32, String> =
-            serde_json::from_slice(&answer).map_err(|error| Error::Protocol(error.to_string()))?;
-        let pid = answer.map_err(|text| Error::System(Failure::refused(text)))?;
-        let pid = Pid::from_raw(pid).ok_or(Error::ChildVanished("being born"))?;
-        // It is a child of ours that nobody has waited for: the number is still its own.
-        let pidfd = pinion_sys::clone::pidfd_open(pid).doing(|| "pidfd_open".into())?;
-        Ok(Child { pid, pidfd })
+                .map_err(|failure| Report::new(Step::Enter, &failure))
+        };
+        midwife::give(cgroup, flags, enter, |()| body(Join::Done))
     }
 }
 
 /// The directory to be born in, and what is then left to join.
-fn birthplace(cgroup: &Cgroup) -> Result<(Option<OwnedFd>, Join), Failure> {
+pub(crate) fn birthplace(cgroup: &Cgroup) -> Result<(Option<OwnedFd>, Join), Failure> {
     let Some(path) = cgroup.v2_dir() else { return Ok((None, Join::All)) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(path, flags, Mode::empty())
         .doing(|| format!("open {}", path.display()))?;
     let join = if cgroup.paths().v1.is_empty() { Join::Done } else { Join::V1 };
     Ok((Some(directory), join))
-}
-
-/// Where a further process of a running container is born.
-#[derive(Debug)]
-pub struct Host<'a> {
-    /// The cgroup to be born in.
-    pub cgroup: &'a Cgroup,
-    /// The process whose PID namespace is to be joined, as a pidfd.
-    pub pid_of: Option<&'a OwnedFd>,
-}
-
-impl Host<'_> {
-    /// Starts the process; `body` is told how to join its cgroup.
-    ///
-    /// # Errors
-    /// As clone3(2) and setns(2).
-    pub fn give(&self, body: impl FnOnce(Join) -> i32) -> Result<Child> {
-        let mut visit = Visit::default();
-        if let Some(pidfd) = self.pid_of {
-            visit.leave("pid")?;
-            setns(pidfd.as_fd(), libc::CLONE_NEWPID as u64)
-                .doing(|| "join the PID namespace".into())?;
-        }
-        let (directory, join) = birthplace(self.cgroup)?;
-        let cgroup = directory.as_ref().map(AsFd::as_fd);
-        let child = spawn(&Clone { flags: 0, cgroup }, || body(join));
-        Ok(child.doing(|| "clone the process".into())?)
-    }
 }
 
 /// Remembers which namespaces the runtime came from.

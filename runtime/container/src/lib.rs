@@ -27,6 +27,7 @@ pub mod kill;
 pub mod launch;
 pub mod listener;
 pub mod memory_policy;
+mod midwife;
 pub mod mount_options;
 pub mod mounts;
 pub mod namespaces;

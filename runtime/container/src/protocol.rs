@@ -64,7 +64,7 @@ impl Report {
         Self { step, what, errno }
     }
 
-    fn into_error(self) -> Error {
+    pub(crate) fn into_error(self) -> Error {
         let source = self.errno.map(io::Error::from_raw_os_error);
         Error::Child { step: self.step, failure: Failure { what: self.what, source } }
     }

@@ -116,7 +116,7 @@ struct CloneArgs {
 /// clone(2) as the fallback on kernels or sandboxes that lack clone3 (then a `cgroup` is
 /// answered with `Unsupported`).
 pub fn spawn(clone: &Clone<'_>, body: impl FnOnce() -> i32) -> io::Result<Child> {
-    if thread_count()? != 1 {
+    if !is_alone()? {
         return Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
             "a process with several threads cannot be copied safely",
@@ -172,6 +172,24 @@ fn clone2(clone: &Clone<'_>, pidfd: &mut libc::c_int) -> io::Result<libc::pid_t>
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no preconditions.
     unsafe { libc::_exit(code) }
+}
+
+/// True when the calling thread is the only one of its process.
+///
+/// # Errors
+/// When neither the kernel can be asked nor `/proc` is mounted.
+pub fn is_alone() -> io::Result<bool> {
+    // unshare(2): allowed for a process with a single thread, for which it does nothing.
+    // Needs no `/proc`, which in a container is not this process's own.
+    // SAFETY: no memory, descriptor or namespace is changed, whatever the answer.
+    if unsafe { libc::unshare(libc::CLONE_THREAD) } == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error().raw_os_error() {
+        Some(libc::EINVAL) => Ok(false),
+        // A sandbox forbids the call.
+        _ => Ok(thread_count()? == 1),
+    }
 }
 
 /// The number of threads of this process.

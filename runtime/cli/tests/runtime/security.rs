@@ -422,6 +422,27 @@ fn a_console_of_the_image_that_leads_elsewhere_is_not_bound_over() {
     }
 }
 
+/// CVE-2016-9962: what enters the container shows nothing of the host, not even to those
+/// inside that may trace whatever they see (`CAP_SYS_PTRACE` outside a user namespace).
+#[test]
+fn a_process_entering_the_container_shows_no_descriptor_of_the_host() {
+    let mut bundle = Bundle::new(
+        "while true; do for p in /proc/[0-9]*; do for f in $p/cwd $p/root $p/fd/*; do \
+           ls $f/sentinel/ptmx 2>/dev/null && echo $f >>/tmp/log; done; done; done",
+    );
+    let _sentinel = Sentinel::new(&bundle);
+    bundle.config["process"]["capabilities"] =
+        crate::bundle::capabilities(&["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"]);
+    let _leaked = inheritable(bundle.path());
+    bundle.launch();
+    for _ in 0..40 {
+        // Its working directory is the bundle, which no path in the container leads to.
+        bundle.verb(&["exec", &bundle.id, "/bin/true"]).ok();
+    }
+    let log = bundle.rootfs().join("tmp/log");
+    assert!(!log.exists(), "{:?}", std::fs::read_to_string(log));
+}
+
 fn set_executable(path: &Path) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();

@@ -115,7 +115,9 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
     settle(plan, &root, &proc).during(Step::Settings)?;
     if let (Some(pty), Some(socket)) = (pty, init.console.take()) {
         rootfs::attach_console(&root, pty.slave.as_fd()).during(Step::Terminal)?;
-        terminal::install(&pty, socket.as_fd(), &plan.process).during(Step::Terminal)?;
+        terminal::offer(pty.master.as_fd(), socket.as_fd(), &plan.process)
+            .and_then(|()| terminal::take(pty.slave.as_fd()))
+            .during(Step::Terminal)?;
     }
     terminal::own_null(&root).during(Step::Terminal)?;
     terminal::own_stdio(plan.process.uid).during(Step::Terminal)?;
@@ -153,13 +155,16 @@ fn enter(init: &Init<'_>, channel: &Channel) -> Result<(), Failure> {
     }
     init.join.carry_out(init.cgroup)?;
     settle_affinity(None)?;
-    // From here on other processes of the container may see this one.
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .doing(|| "PR_SET_DUMPABLE".into())?;
     let _ = rustix::thread::set_name(c"pinion:init");
+    if !plan.namespaces.creates(LinuxNamespaceType::Pid) {
+        hide_memory()?;
+    }
     if plan.namespaces.mappings.is_some() {
         channel.await_proceed().doing(|| "wait for the id mappings".into())?;
     }
+    // In a new PID namespace only now: a plain user's runtime may write the mappings of a
+    // process that is dumpable, and nobody else is there yet.
+    hide_memory()?;
     for namespace in &init.namespaces {
         pinion_sys::clone::setns(namespace.as_fd(), 0).doing(|| "join a namespace".into())?;
     }
@@ -176,6 +181,13 @@ fn enter(init: &Init<'_>, channel: &Channel) -> Result<(), Failure> {
         join_keyring(init.id)?;
     }
     Ok(())
+}
+
+/// Keeps other processes of the container from looking into this one until it executes its
+/// program, unless they may trace whatever they see.
+pub(super) fn hide_memory() -> Result<(), Failure> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .doing(|| "PR_SET_DUMPABLE".into())
 }
 
 /// Binds the process to the processors of `mask`, or to all its cgroup gives it: since Linux

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Failure;
 
 pub use init::{Init, Join, run as run_init};
-pub use tenant::{Tenant, run as run_tenant};
+pub use tenant::Tenant;
 
 /// How far a process had come when it gave up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,13 +1,17 @@
 //! A further process of a running container (`exec`).
+//!
+//! In two steps, by two processes: [`Tenant::enter`] gives up the host where the container
+//! cannot see it, then [`Entered::run`] becomes the program inside; see
+//! [`midwife`](crate::midwife).
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use pinion_cgroup::Cgroup;
 use pinion_seccomp::Program;
 use pinion_sys::tty::Pty;
-use rustix::process::{DumpableBehavior, Signal};
+use rustix::process::Signal;
 
 use super::{During, Join, Step, Stopped, identity, init, terminal};
 use crate::error::{Doing, Failure};
@@ -29,13 +33,13 @@ pub struct Tenant<'a> {
     pub personality: Option<u64>,
     /// The container's NUMA policy.
     pub memory_policy: Option<&'a MemoryPolicy>,
-    /// The container's first process.
-    pub container: OwnedFd,
-    /// The `CLONE_NEW*` bits of the namespaces to join, PID namespace excluded.
+    /// The container's first process, until it was joined.
+    pub container: Option<OwnedFd>,
+    /// The `CLONE_NEW*` bits of the namespaces to join.
     pub namespaces: u64,
     /// The container's cgroup.
     pub cgroup: &'a Cgroup,
-    /// How the process gets into it.
+    /// How it gets into it.
     pub join: Join,
     /// Where the master of the terminal goes.
     pub console: Option<OwnedFd>,
@@ -45,68 +49,109 @@ pub struct Tenant<'a> {
     pub keep_fds: u32,
 }
 
-/// Runs the process on `channel`; returns its exit code if it does not become the program.
-pub fn run(tenant: &Tenant<'_>, channel: &Channel) -> i32 {
-    let own = [&tenant.container].into_iter().chain(&tenant.console);
-    let own: Vec<RawFd> = own.map(AsRawFd::as_raw_fd).collect();
-    let outcome = init::keep_only(&own, channel, tenant.keep_fds)
-        .during(Step::Enter)
-        .and_then(|()| become_program(tenant, channel));
-    match outcome {
-        Ok(never) => match never {},
-        Err(Stopped { step, failure }) => {
-            let _ = channel.say(&Message::Failed(Report::new(step, &failure)));
-            1
+/// A process that is in the container but for the PID namespace, which its children are in.
+#[derive(Debug)]
+pub struct Entered<'a> {
+    tenant: Tenant<'a>,
+    slave: Option<OwnedFd>,
+}
+
+impl<'a> Tenant<'a> {
+    /// Joins the container; what is left open are the descriptors to pass on, `channel`,
+    /// `answer` and a terminal of the container.
+    ///
+    /// # Errors
+    /// A report for the runtime.
+    pub fn enter(
+        mut self,
+        channel: &Channel,
+        answer: BorrowedFd<'_>,
+    ) -> Result<Entered<'a>, Report> {
+        self.join_container(channel, answer)
+            .during(Step::Enter)
+            .and_then(|()| self.open_console().during(Step::Terminal))
+            .map_err(|Stopped { step, failure }| Report::new(step, &failure))
+            .map(|slave| Entered { tenant: self, slave })
+    }
+
+    fn join_container(&mut self, channel: &Channel, answer: BorrowedFd<'_>) -> Result<(), Failure> {
+        let Some(container) = self.container.take() else { return Ok(()) };
+        let own = [container.as_raw_fd(), answer.as_raw_fd()].into_iter();
+        let own: Vec<RawFd> = own.chain(self.console.iter().map(AsRawFd::as_raw_fd)).collect();
+        init::keep_only(&own, channel, self.keep_fds)?;
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .doing(|| "PR_SET_PDEATHSIG".into())?;
+        if let Some(score) = self.process.oom_score_adj {
+            init::set_own_oom_score(score)?;
+        }
+        self.join.carry_out(self.cgroup)?;
+        init::settle_affinity(self.process.affinity.1.as_deref())?;
+        let _ = rustix::thread::set_name(c"pinion:exec");
+        // Also makes the container's root ours, and our working directory.
+        pinion_sys::clone::setns(container.as_fd(), self.namespaces)
+            .doing(|| "join the container's namespaces".into())?;
+        if self.namespaces & libc::CLONE_NEWUSER as u64 != 0 {
+            init::become_root_inside()?;
+        }
+        // Inherited by the next one, which the container sees (CVE-2016-9962).
+        init::hide_memory()
+    }
+
+    /// The slave of a new terminal, whose master goes to the console socket.
+    fn open_console(&mut self) -> Result<Option<OwnedFd>, Failure> {
+        let Some(socket) = self.console.take() else { return Ok(None) };
+        let pty = open_terminal()?;
+        terminal::offer(pty.master.as_fd(), socket.as_fd(), self.process)?;
+        Ok(Some(pty.slave))
+    }
+}
+
+impl Entered<'_> {
+    /// Runs the process on `channel`; returns its exit code if it does not become the program.
+    #[must_use]
+    pub fn run(&self, channel: &Channel) -> i32 {
+        match self.become_program(channel) {
+            Ok(never) => match never {},
+            Err(Stopped { step, failure }) => {
+                let _ = channel.say(&Message::Failed(Report::new(step, &failure)));
+                1
+            }
         }
     }
-}
 
-fn become_program(tenant: &Tenant<'_>, channel: &Channel) -> Result<Infallible, Stopped> {
-    let plan = tenant.process;
-    enter(tenant).during(Step::Enter)?;
-    if let Some(socket) = &tenant.console {
-        let pty = open_terminal().during(Step::Terminal)?;
-        terminal::install(&pty, socket.as_fd(), plan).during(Step::Terminal)?;
+    fn become_program(&self, channel: &Channel) -> Result<Infallible, Stopped> {
+        let (tenant, plan) = (&self.tenant, self.tenant.process);
+        self.begin(channel).during(Step::Enter)?;
+        if let Some(slave) = &self.slave {
+            terminal::take(slave.as_fd()).during(Step::Terminal)?;
+        }
+        terminal::own_stdio(plan.uid).during(Step::Terminal)?;
+        init::set_domain(tenant.personality, tenant.memory_policy).during(Step::Settings)?;
+        identity::label(plan, Proc::detached).during(Step::Identity)?;
+        let late = init::change_directory(&plan.cwd, true).during(Step::Identity)?;
+        identity::adopt(plan, tenant.filter, tenant.keep_fds).during(Step::Identity)?;
+        if late {
+            init::change_directory(&plan.cwd, false).during(Step::Identity)?;
+        }
+        let prepared = identity::prepare(plan, &[]).during(Step::Program)?;
+        // From the program on, the fate of the runtime is not that of the process.
+        rustix::process::set_parent_process_death_signal(None)
+            .doing(|| "PR_SET_PDEATHSIG".into())
+            .during(Step::Identity)?;
+        identity::execute(&prepared, plan, tenant.filter, channel)
     }
-    terminal::own_stdio(plan.uid).during(Step::Terminal)?;
-    init::set_domain(tenant.personality, tenant.memory_policy).during(Step::Settings)?;
-    identity::label(plan, Proc::detached).during(Step::Identity)?;
-    let late = init::change_directory(&plan.cwd, true).during(Step::Identity)?;
-    identity::adopt(plan, tenant.filter, tenant.keep_fds).during(Step::Identity)?;
-    if late {
-        init::change_directory(&plan.cwd, false).during(Step::Identity)?;
-    }
-    let prepared = identity::prepare(plan, &[]).during(Step::Program)?;
-    // From the program on, the fate of the runtime is not that of the process.
-    rustix::process::set_parent_process_death_signal(None)
-        .doing(|| "PR_SET_PDEATHSIG".into())
-        .during(Step::Identity)?;
-    identity::execute(&prepared, plan, tenant.filter, channel)
-}
 
-fn enter(tenant: &Tenant<'_>) -> Result<(), Failure> {
-    let plan = tenant.process;
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .doing(|| "PR_SET_PDEATHSIG".into())?;
-    if let Some(score) = plan.oom_score_adj {
-        init::set_own_oom_score(score)?;
+    fn begin(&self, channel: &Channel) -> Result<(), Failure> {
+        let slave: Vec<RawFd> = self.slave.iter().map(AsRawFd::as_raw_fd).collect();
+        init::keep_only(&slave, channel, self.tenant.keep_fds)?;
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .doing(|| "PR_SET_PDEATHSIG".into())?;
+        rustix::process::setsid().doing(|| "setsid".into())?;
+        if self.tenant.new_keyring {
+            init::join_keyring(self.tenant.id)?;
+        }
+        Ok(())
     }
-    tenant.join.carry_out(tenant.cgroup)?;
-    init::settle_affinity(plan.affinity.1.as_deref())?;
-    // A process of the container must not be able to look into this one (CVE-2016-9962).
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .doing(|| "PR_SET_DUMPABLE".into())?;
-    let _ = rustix::thread::set_name(c"pinion:exec");
-    pinion_sys::clone::setns(tenant.container.as_fd(), tenant.namespaces)
-        .doing(|| "join the container's namespaces".into())?;
-    if tenant.namespaces & libc::CLONE_NEWUSER as u64 != 0 {
-        init::become_root_inside()?;
-    }
-    rustix::process::setsid().doing(|| "setsid".into())?;
-    if tenant.new_keyring {
-        init::join_keyring(tenant.id)?;
-    }
-    Ok(())
 }
 
 /// Opens a terminal of the container's devpts, verified to be one.

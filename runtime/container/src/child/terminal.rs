@@ -3,32 +3,39 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use pinion_sys::tty::Pty;
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 
 use crate::error::{Doing, Failure};
 use crate::process::ProcessPlan;
 use crate::rootfs::Root;
 
-/// Hands the master to whoever listens on the console socket, and makes the slave the
-/// controlling terminal and standard descriptors of this (session leading) process.
+/// Hands the master to whoever listens on the console socket.
 ///
 /// # Errors
 /// Names the call that failed.
-pub(crate) fn install(
-    pty: &Pty,
+pub(crate) fn offer(
+    master: BorrowedFd<'_>,
     socket: BorrowedFd<'_>,
     plan: &ProcessPlan,
 ) -> Result<(), Failure> {
     if let Some((rows, columns)) = plan.console_size {
-        pinion_sys::tty::set_size(&pty.master, rows, columns)
+        pinion_sys::tty::set_size(master, rows, columns)
             .doing(|| "set the terminal's size".into())?;
     }
-    pinion_sys::scm::send(socket, b"/dev/ptmx", &[pty.master.as_fd()])
-        .doing(|| "send the terminal to the console socket".into())?;
-    pinion_sys::process::set_controlling_terminal(pty.slave.as_fd())
+    pinion_sys::scm::send(socket, b"/dev/ptmx", &[master])
+        .doing(|| "send the terminal to the console socket".into())
+        .map(drop)
+}
+
+/// Makes the slave the controlling terminal and standard descriptors of this (session
+/// leading) process.
+///
+/// # Errors
+/// Names the call that failed.
+pub(crate) fn take(slave: BorrowedFd<'_>) -> Result<(), Failure> {
+    pinion_sys::process::set_controlling_terminal(slave)
         .doing(|| "set the controlling terminal".into())?;
-    pinion_sys::fd::become_stdio(pty.slave.as_fd()).doing(|| "dup2".into())
+    pinion_sys::fd::become_stdio(slave).doing(|| "dup2".into())
 }
 
 /// Exchanges the host's null device on a standard descriptor for the container's: otherwise
