@@ -5,6 +5,9 @@
 //! annotation that asks; else whole-CPU shares equal to the size of the list mean that the CPUs
 //! were allocated one by one. If somebody else was given them as well, an ordinary container
 //! shares them, while under a strict handler exclusivity stays asked for, to be refused.
+//!
+//! A record that gives a container nothing of its own says that its list is everybody's: not
+//! even an annotation makes it one container's.
 
 use pinion_topology::CpuSet;
 
@@ -107,7 +110,10 @@ pub fn exclusivity(inputs: &ExclusivityInputs<'_>) -> Exclusivity {
     match (inputs.annotation, recorded) {
         (Some(None), _) => return Shared(SharedWhy::Annotation),
         (_, Some(record)) => return Exclusive(Basis::Record(record.source)),
-        (Some(Some(_)), None) => return Exclusive(Basis::Annotation),
+        (Some(Some(_)), None) => match inputs.record.filter(|record| record.cpus.is_empty()) {
+            Some(record) => return Shared(SharedWhy::Record(record.source)),
+            None => return Exclusive(Basis::Annotation),
+        },
         (None, None) => {}
     }
     if inputs.cpus.is_empty() {
@@ -197,6 +203,9 @@ mod tests {
         assert_eq!(decide(Some(Some(PartitionKind::Isolated)), &own), recorded);
         assert_eq!(decide(Some(None), &own), Exclusivity::Shared(SharedWhy::Annotation));
         assert_eq!(decide(None, &none), Exclusivity::Shared(SharedWhy::Record(Source::StateFile)));
+        let asked = Some(Some(PartitionKind::Isolated));
+        let pool = Exclusivity::Shared(SharedWhy::Record(Source::StateFile));
+        assert_eq!(decide(asked, &none), pool, "everybody's CPUs are given to nobody");
         // A record of other CPUs says nothing about these.
         let other = "4-5".parse().unwrap();
         assert_eq!(decide(None, &other), Exclusivity::Exclusive(Basis::Inference));

@@ -56,4 +56,5 @@ pub use prefault::prefault;
 pub use receipt::{Receipt, Term, Verdict};
 pub use refusal::{Reason, Refusal, TermName};
 pub use request::{PartitionKind, Request, RequestError};
+pub use room::left_behind;
 pub use step::{ApplyError, Check, Step, UndoFailure, UndoStep, apply, undo};

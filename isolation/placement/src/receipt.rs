@@ -111,6 +111,14 @@ impl Receipt {
         self.verdict = judge(strict, &self.terms);
     }
 
+    /// Says that a term was asked for, if the audit did not know, and judges anew.
+    pub fn want(&mut self, strict: bool, name: TermName, asked: &str) {
+        if let Some(term) = self.terms.iter_mut().find(|term| term.name == name) {
+            term.asked.get_or_insert_with(|| asked.to_owned());
+        }
+        self.verdict = judge(strict, &self.terms);
+    }
+
     /// Adds what was found out elsewhere (a plan's shortfall, a failed proof) and judges anew.
     pub(crate) fn add(&mut self, strict: bool, refusal: &Refusal) {
         if let Some(term) = self.terms.iter_mut().find(|term| term.name == refusal.term) {
@@ -193,6 +201,14 @@ mod tests {
         assert_eq!(Receipt::new("6.12", true, terms()).verdict, Verdict::Aligned);
         assert_eq!(Receipt::new("6.12", true, vec![]).verdict, Verdict::Unasked);
         assert_eq!(Receipt::new("6.12", true, terms().split_off(1)).verdict, Verdict::Unasked);
+    }
+
+    #[test]
+    fn what_was_wanted_and_is_not_there_degrades() {
+        let mut receipt = Receipt::new("6.12", false, terms().split_off(1));
+        receipt.want(false, TermName::IrqQuiet, "by annotation");
+        assert_eq!(receipt.verdict, Verdict::Degraded);
+        assert_eq!(receipt.terms[0].asked.as_deref(), Some("by annotation"));
     }
 
     #[test]

@@ -19,6 +19,9 @@ const COUNTERS: [(&str, &str); 4] = [
     ("limit_in_bytes", "usage_in_bytes"),
 ];
 
+/// What is touched, on v2 and v1.
+const TOUCHED: [&str; 2] = ["current", "usage_in_bytes"];
+
 /// Of `wanted` pages, those that no limit above `group` has room for only because groups
 /// that are gone left as many behind. `root` ends the way up.
 pub(crate) fn left_by_predecessors(root: &Path, group: &Path, size: PageSize, wanted: u64) -> u64 {
@@ -33,6 +36,15 @@ pub(crate) fn left_by_predecessors(root: &Path, group: &Path, size: PageSize, wa
         Some(missing.min(used.saturating_sub(living)))
     });
     short.max().unwrap_or(0)
+}
+
+/// Pages that groups which are gone left behind in `dir`, the group above them: what it has
+/// in use beyond what its children have.
+#[must_use]
+pub fn left_behind(dir: &Path, size: PageSize) -> u64 {
+    let used = |dir: &Path| TOUCHED.iter().find_map(|name| pages(dir, size, name));
+    let living: u64 = files::children(dir).iter().filter_map(|child| used(child)).sum();
+    used(dir).unwrap_or(0).saturating_sub(living)
 }
 
 /// A counter in pages; none where the file is missing or says `max`.
@@ -67,5 +79,17 @@ mod tests {
         assert_eq!(left(20), 0);
         assert_eq!(left(24), 4);
         assert_eq!(left(32), 8, "the sidecar's pages are no excuse");
+    }
+
+    #[test]
+    fn what_no_living_group_has_in_use_was_left_behind() {
+        let tree = Tree::new();
+        let size: PageSize = "2MB".parse().unwrap();
+        let pod = tree.path("pod");
+        assert_eq!(left_behind(&pod, size), 0);
+        for (dir, used) in [("pod", 12), ("pod/sidecar", 4), ("pod/new", 0)] {
+            tree.file(&format!("{dir}/hugetlb.2MB.current"), &(used * PAGE).to_string());
+        }
+        assert_eq!(left_behind(&pod, size), 8);
     }
 }

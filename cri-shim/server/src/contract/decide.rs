@@ -62,6 +62,9 @@ pub(crate) struct Contract {
     /// Its CPUs are its own.
     #[serde(default)]
     pub(crate) exclusive: bool,
+    /// They were asked for in so many words, and are not its own.
+    #[serde(default)]
+    pub(crate) declined: bool,
     /// Why they are not, or on what ground they are.
     #[serde(default)]
     pub(crate) ground: String,
@@ -110,6 +113,7 @@ impl Contract {
     /// What it has beyond limits, and so must be looked after.
     pub(crate) fn promises(&self) -> bool {
         self.exclusive
+            || self.declined
             || self.unthrottled
             || self.irqs != IrqQuiet::Any
             || self.governor.is_some()
@@ -215,6 +219,7 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
     let contract = Contract {
         strict: asked.strict,
         exclusive,
+        declined: !exclusive && asked.wishes.exclusive == Some(true),
         ground,
         cpus: cpus.clone(),
         mems,
@@ -265,6 +270,9 @@ fn of_shared_cpus(contract: &Contract, beside: bool) -> Result<()> {
         return Ok(());
     }
     let why = format!("the CPUs are shared: {}", contract.ground);
+    if contract.declined {
+        return refuse(TermName::ExclusiveCpus, why);
+    }
     if contract.irqs != IrqQuiet::Any {
         return refuse(TermName::IrqQuiet, why);
     }
@@ -349,4 +357,51 @@ where
     T::Err: std::error::Error + Send + Sync + 'static,
 {
     text.parse().kind(crate::error::Kind::Invalid, || format!("linux.resources.{field} {text:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a container is told that asks for its CPUs by annotation while the allocator has
+    /// `own` on record for it and the request names everybody's.
+    fn asks(strict: bool, own: &str) -> Result<Decision> {
+        let topology = Topology {
+            cpus: Vec::new(),
+            nodes: Vec::new(),
+            hugepages: Vec::new(),
+            online: "0-3".parse().unwrap(),
+            offline: CpuSet::new(),
+            isolated: CpuSet::new(),
+            nohz_full: CpuSet::new(),
+        };
+        let record = (Source::StateFile, own.parse().unwrap());
+        let resources = LinuxContainerResources {
+            cpuset_cpus: "0-1".into(),
+            cpu_shares: 102,
+            ..Default::default()
+        };
+        let wishes = Wishes { exclusive: Some(true), ..Wishes::default() };
+        let asked = Asked {
+            wishes,
+            record: Some(&record),
+            strict,
+            infer: true,
+            steer: false,
+            resources: &resources,
+            others: &[],
+        };
+        settle(&asked, &topology)
+    }
+
+    #[test]
+    fn the_shared_pool_is_nobody_s_own_however_it_is_asked_for() {
+        let refused = asks(true, "").unwrap_err().to_string();
+        let why = "exclusive-cpus: the CPUs are shared: kubelet's CPU manager gave it no CPUs";
+        assert!(refused.starts_with(why), "{refused}");
+        let given = asks(false, "").unwrap().contract;
+        assert!(given.declined && given.promises() && !given.exclusive);
+        let own = asks(true, "0-1").unwrap().contract;
+        assert!(own.exclusive && !own.declined);
+    }
 }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use pinion_placement::{Grant, HugepageDemand, Ledger, NodePool, hugepages_held};
+use pinion_placement::{Grant, HugepageDemand, Ledger, NodePool, hugepages_held, left_behind};
 use pinion_store::{Table, Tx};
 use pinion_topology::{PageSize, Topology};
 
@@ -46,11 +46,22 @@ impl Hugepages {
     }
 
     /// Asks the ledger, as it would be over the pools of this moment. Blocks.
-    fn ask(&self, node: &Node, container: &str, decision: &Decision) -> Result<Vec<Grant>> {
+    fn ask(
+        &self,
+        node: &Node,
+        container: &str,
+        cgroups_path: &str,
+        decision: &Decision,
+    ) -> Result<Vec<Grant>> {
         let topology = topology()?;
         let mut grants = self.lock();
         let held = held(node, grants.keys(), &topology);
-        let mut ledger = Ledger::new(NodePool::observed(&topology, &held));
+        let mut pools = NodePool::observed(&topology, &held);
+        let left = |size| inherited(node, container, cgroups_path, size);
+        for demand in &decision.demands {
+            own_again(&mut pools, demand, left(demand.size));
+        }
+        let mut ledger = Ledger::new(pools);
         ledger.restore(grants.clone());
         let granted = ledger
             .grant(container, &decision.demands, &decision.prefer)
@@ -80,10 +91,29 @@ fn held<'a>(
     held
 }
 
+/// Pages that a container's predecessors left in a volume of their pod: what the group above
+/// it has in use and no living group in it has.
+fn inherited(node: &Node, container: &str, cgroups_path: &str, size: PageSize) -> u64 {
+    let Ok(mut paths) = node.cgroups.container_paths(cgroups_path, container) else { return 0 };
+    let Some(group) = paths.v1.remove("hugetlb").or(paths.unified) else { return 0 };
+    group.parent().map_or(0, |pod| left_behind(pod, size))
+}
+
+/// Takes inherited pages off what is foreign: they are within the successor's grant already.
+/// The kernel does not tell on which node they are, so only a demand that leaves no choice
+/// has them.
+fn own_again(pools: &mut [NodePool], demand: &HugepageDemand, inherited: u64) {
+    let Some(nodes) = demand.nodes.as_ref().filter(|nodes| nodes.len() == 1) else { return };
+    for pool in pools.iter_mut().filter(|p| p.size == demand.size && nodes.contains(p.node)) {
+        pool.foreign = pool.foreign.saturating_sub(inherited.min(demand.pages));
+    }
+}
+
 /// Grants what a container demands and commits it with `begin`, its intent.
 pub(crate) async fn reserve<T: Send + 'static>(
     node: &std::sync::Arc<Node>,
     container: &str,
+    cgroups_path: &str,
     decision: &Decision,
     begin: impl FnOnce(&Tx) -> pinion_store::Result<T> + Send + 'static,
 ) -> Result<(T, Vec<Grant>)> {
@@ -91,7 +121,9 @@ pub(crate) async fn reserve<T: Send + 'static>(
         return Ok((node.write(begin).await?, Vec::new()));
     }
     let (asker, id, asked) = (node.clone(), container.to_string(), decision.clone());
-    let answer = crate::services::blocking(move || asker.hugepages.ask(&asker, &id, &asked)).await;
+    let path = cgroups_path.to_owned();
+    let ask = move || asker.hugepages.ask(&asker, &id, &path, &asked);
+    let answer = crate::services::blocking(ask).await;
     let enforced =
         decision.contract.strict || node.config.isolation.hugepages == HugepagePolicy::Enforce;
     let granted = match answer {
@@ -125,6 +157,7 @@ pub(crate) async fn reserve<T: Send + 'static>(
 pub(crate) async fn regrant(
     node: &std::sync::Arc<Node>,
     container: &str,
+    cgroups_path: &str,
     contract: &Contract,
 ) -> Result<Vec<Grant>> {
     let before = node.hugepages.of(container);
@@ -136,9 +169,9 @@ pub(crate) async fn regrant(
     let bound = demands.map(|d| HugepageDemand { nodes: Some(contract.mems.clone()), ..d });
     let mut decision = Decision::default();
     decision.demands.extend(bound);
-    let (asker, id) = (node.clone(), container.to_owned());
-    let granted =
-        crate::services::blocking(move || asker.hugepages.ask(&asker, &id, &decision)).await?;
+    let (asker, id, path) = (node.clone(), container.to_owned(), cgroups_path.to_owned());
+    let ask = move || asker.hugepages.ask(&asker, &id, &path, &decision);
+    let granted = crate::services::blocking(ask).await?;
     store(node, container, granted).await?;
     Ok(before)
 }
@@ -209,6 +242,27 @@ pub(crate) async fn release(node: &Node, container: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_that_owns_a_whole_pool_starts_again_beside_its_own_file() {
+        let size: PageSize = "2MB".parse().unwrap();
+        let pool = |node| NodePool { node, size, total: 32, foreign: 8 };
+        let grant = |nodes: &str, inherited| {
+            let nodes = Some(nodes.parse().unwrap());
+            let demand = HugepageDemand { size, pages: 32, nodes };
+            let mut pools = [pool(0), pool(1)];
+            own_again(&mut pools, &demand, inherited);
+            Ledger::new(pools).grant("next", &[demand], &pinion_topology::NodeSet::new())
+        };
+        assert!(grant("0", 0).is_err(), "somebody else's");
+        assert!(grant("0", 8).is_ok());
+        assert!(grant("0", 4).is_err());
+        let both = grant("0-1", 8).unwrap();
+        assert!(
+            both.iter().all(|grant| grant.pages <= 24),
+            "where they are is not known: {both:?}"
+        );
+    }
 
     #[test]
     fn every_size_gets_a_mount_bounded_by_its_limit() {

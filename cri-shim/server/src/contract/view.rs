@@ -78,6 +78,10 @@ fn look(node: &Node, container: &Container) -> Result<Receipt> {
             note("lost", format!("{lost} times, repaired {repaired} times; last: {last}"));
         }
     }
+    if container.contract.declined {
+        let asked = "CPUs of its own, by annotation";
+        receipt.want(container.contract.strict, TermName::ExclusiveCpus, asked);
+    }
     if let Some(term) = super::devices::term(node, container)? {
         receipt.include(container.contract.strict, term);
     }

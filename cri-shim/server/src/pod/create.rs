@@ -187,7 +187,7 @@ async fn reserve(
 ) -> Result<(String, Vec<pinion_placement::Grant>)> {
     let step = intent::step(planned)?;
     let id = planned.id.clone();
-    hugepages::reserve(&context.node, &planned.id, decision, move |tx| {
+    hugepages::reserve(&context.node, &planned.id, &planned.cgroups_path, decision, move |tx| {
         let intent = tx.begin_intent(CREATE_CONTAINER, &id)?;
         tx.append_step(&intent.id, step)?;
         Ok(intent.id)
@@ -328,7 +328,8 @@ async fn finish(
         let id = finished.planned.id.clone();
         let decision = contract::decide(node, &context.sandbox, &id, &config).await?;
         hugepages::release(node, &id).await?;
-        let ((), grants) = hugepages::reserve(node, &id, &decision, |_| Ok(())).await?;
+        let path = &finished.planned.cgroups_path;
+        let ((), grants) = hugepages::reserve(node, &id, path, &decision, |_| Ok(())).await?;
         let resources = config.linux.as_ref().and_then(|l| l.resources.clone());
         let planned = Container {
             resources: Wire(resources.unwrap_or_default()),

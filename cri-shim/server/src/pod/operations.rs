@@ -292,7 +292,8 @@ pub(crate) async fn update(
         let wanted = resources::merge(&record.resources, &change);
         contract::check_update(&context.node, &record, &wanted)?;
         let moved = contract::resized(&record.contract, &wanted)?;
-        let grants = contract::hugepages::regrant(&context.node, &id, &moved).await?;
+        let grants =
+            contract::hugepages::regrant(&context.node, &id, &record.cgroups_path, &moved).await?;
         let updated = context.node.programs.update(&id, &resources::to_oci(&change)?).await;
         if let Err(error) = updated {
             contract::hugepages::put_back(&context.node, &id, grants).await?;
