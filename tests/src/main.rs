@@ -74,7 +74,10 @@ enum Verb {
     /// The crates' own tests, in the virtual node.
     Crates,
     /// A real kubelet, standalone, drives the server; in the virtual node only.
-    Kubelet,
+    Kubelet {
+        /// Only what prepares the pods, and cases whose name contains this.
+        only: Option<String>,
+    },
     /// Devices, CDI and VFIO against this machine's kernel; wants a node with devices.
     Devices { place: Place },
     /// A pod with CPUs and hugepages of its own, and one that is refused.
@@ -205,8 +208,11 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Isolation { only } => isolation::run(&assets, only.as_deref())?,
         Verb::Crates if assets.in_node() => crates::run()?,
         Verb::Crates => return in_node(&assets, &["crates"]),
-        Verb::Kubelet if assets.in_node() => kubelet::run(&assets)?,
-        Verb::Kubelet => return in_node(&assets, &["kubelet"]),
+        Verb::Kubelet { only } if assets.in_node() => kubelet::run(&assets, only.as_deref())?,
+        Verb::Kubelet { only } => {
+            let words: Vec<&str> = std::iter::once("kubelet").chain(only.as_deref()).collect();
+            return in_node(&assets, &words);
+        }
         Verb::Devices { place: Place::Host } => devices::run(&assets)?,
         Verb::Devices { place: Place::Node } => {
             let job = node::Job {

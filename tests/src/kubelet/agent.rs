@@ -157,6 +157,10 @@ impl Drop for Kubelet {
         }
         let _ = self.process.kill();
         let _ = self.process.wait();
+        // the server goes by them, and there is no kubelet any more
+        for state in ["cpu_manager_state", "memory_manager_state"] {
+            let _ = fs::remove_file(Path::new(ROOT).join(state));
+        }
     }
 }
 

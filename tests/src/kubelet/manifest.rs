@@ -129,10 +129,10 @@ pub(super) fn web() -> Value {
     }
     sidecar["restartPolicy"] = json!("Always");
     sidecar["startupProbe"] =
-        probe("exec", json!({ "command": ["test", "-f", "/shared/sidecar"] }));
-    main["startupProbe"] = probe("tcpSocket", json!({ "port": 8081 }));
-    main["readinessProbe"] = probe("httpGet", json!({ "port": 8080, "path": "/ready" }));
-    main["livenessProbe"] = probe("grpc", json!({ "port": 8082 }));
+        probe("exec", &json!({ "command": ["test", "-f", "/shared/sidecar"] }));
+    main["startupProbe"] = probe("tcpSocket", &json!({ "port": 8081 }));
+    main["readinessProbe"] = probe("httpGet", &json!({ "port": 8080, "path": "/ready" }));
+    main["livenessProbe"] = probe("grpc", &json!({ "port": 8082 }));
     main["resources"] = json!({
         "requests": { "cpu": "200m", "memory": "32Mi" },
         "limits": { "cpu": "1", "memory": "64Mi" },
@@ -160,7 +160,7 @@ pub(super) fn flaky() -> Value {
     let kept = json!([{ "name": "kept", "mountPath": "/kept" }]);
     exits["volumeMounts"] = kept.clone();
     sick["volumeMounts"] = kept;
-    sick["livenessProbe"] = probe("exec", json!({ "command": ["test", "-f", "/tmp/well"] }));
+    sick["livenessProbe"] = probe("exec", &json!({ "command": ["test", "-f", "/tmp/well"] }));
     sick["livenessProbe"]["initialDelaySeconds"] = json!(3);
     let mut pod = pod("flaky", &[exits, sick]);
     pod["spec"]["volumes"] = json!([{ "name": "kept", "emptyDir": {} }]);
@@ -172,7 +172,7 @@ pub(super) fn chatty() -> Value {
     pod("chatty", &[container("main", &["pinion-workload", "count", &LINES.to_string()])])
 }
 
-fn probe(kind: &str, action: Value) -> Value {
+fn probe(kind: &str, action: &Value) -> Value {
     // an exec in an emulated machine takes longer than the second kubelet gives it
     json!({ kind: action, "periodSeconds": 2, "timeoutSeconds": 10, "failureThreshold": 2 })
 }

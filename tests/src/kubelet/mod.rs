@@ -15,6 +15,7 @@ mod placement;
 mod resilience;
 mod stage;
 
+use std::path::Path;
 use std::time::Instant;
 
 use crate::assets::Assets;
@@ -45,9 +46,15 @@ const CASES: [Case; 19] = [
     ("power is cut, and the node comes back with stale state", resilience::reboot),
 ];
 
-/// Runs every case in the virtual node, which is the suite's alone; elsewhere that is an
-/// error.
-pub(crate) fn run(assets: &Assets) -> Result<()> {
+/// Cases that start what the others look at.
+const FIRST: [&str; 2] = [CASES[1].0, CASES[2].0];
+
+/// What outlives a suite that failed, in a node with a shared directory.
+const SHARE: &str = "/mnt/share";
+
+/// Runs every case, or the first ones and those whose name contains `only`, in the virtual
+/// node, which is the suite's alone; elsewhere that is an error.
+pub(crate) fn run(assets: &Assets, only: Option<&str>) -> Result<()> {
     ensure(assets.in_node(), || {
         "kubelet changes sysctls and owns a part of the cgroup tree: only in the virtual node \
          (pinion-tests node run --kubelet -- pinion-tests kubelet)"
@@ -57,8 +64,12 @@ pub(crate) fn run(assets: &Assets) -> Result<()> {
     let mut stage = Stage::open(assets)?;
     println!("kubelet and server answer after {:.0} s", started.elapsed().as_secs_f32());
     let mut failed = 0;
-    let last: [Case; 1] = [("deleted pods leave nothing", resilience::deletion)];
-    for (name, case) in CASES.into_iter().chain(last) {
+    let last: Case = ("deleted pods leave nothing", resilience::deletion);
+    let mut cases: Vec<Case> = CASES.into_iter().chain([last]).collect();
+    cases.retain(|(name, _)| {
+        only.is_none_or(|only| FIRST.contains(name) || *name == last.0 || name.contains(only))
+    });
+    for &(name, case) in &cases {
         let began = Instant::now();
         let outcome = case(&mut stage);
         let took = began.elapsed().as_secs_f32();
@@ -70,10 +81,14 @@ pub(crate) fn run(assets: &Assets) -> Result<()> {
             }
         }
     }
-    let count = CASES.len() + 1;
-    println!("{} passed, {failed} failed", count - failed);
+    println!("{} passed, {failed} failed", cases.len() - failed);
     if failed > 0 {
         resilience::tidy(&stage);
+        for log in ["kubelet.log", "server.log"].map(|name| stage.site.scratch.path(name)) {
+            let name = log.file_name().unwrap_or_default();
+            // only a node that was given one has the directory
+            let _ = std::fs::copy(&log, Path::new(SHARE).join(name));
+        }
     }
     ensure(failed == 0, || {
         let server = stage.site.server.log_tail(20);
