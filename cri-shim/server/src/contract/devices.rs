@@ -42,6 +42,9 @@ const VFIO_CONTAINER: &str = "/dev/vfio/vfio";
 const PROOF: &str = "devices.json";
 const ROOT: &str = "/";
 
+/// Keys of annotations that name CDI devices begin with this (CDI 1.0, "annotations").
+const CDI_ANNOTATIONS: &str = "cdi.k8s.io/";
+
 /// What a container is to have.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Devices {
@@ -132,7 +135,7 @@ pub(crate) async fn plan(
     // Those of the container, which kubelet writes; a pod's are its user's.
     let annotations: BTreeMap<&str, &str> =
         config.annotations.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-    let names = cdi::from_annotations(&listed, &annotations)
+    let names = cdi::from_annotations(&listed, &annotations, CDI_ANNOTATIONS)
         .map_err(|error| Error::from_foreign(Kind::Invalid, error))?;
     if functions.is_empty() && names.is_empty() && config.devices.is_empty() {
         return Ok(Devices::default());

@@ -4,9 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-/// Annotations through which device plugins ask for CDI devices begin with this; the rest of
-/// the key names the plugin, the value is a list of qualified names.
-const ANNOTATION_PREFIX: &str = "cdi.k8s.io/";
 /// Far more than any container has; bounds a hostile request.
 const MOST_NAMES: usize = 256;
 const LONGEST_PART: usize = 253;
@@ -71,13 +68,15 @@ fn is_word(text: &str, between: &str) -> bool {
 }
 
 /// The names a request lists and those in its container's annotations, each once, in order.
+/// `prefix` is what the keys of annotations with device names begin with.
 pub fn from_annotations(
     listed: &[String],
     annotations: &BTreeMap<&str, &str>,
+    prefix: &str,
 ) -> Result<Vec<QualifiedName>, NameError> {
     let annotated = annotations
         .iter()
-        .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
+        .filter(|(key, _)| key.starts_with(prefix))
         .flat_map(|(_, value)| value.split(','));
     let all: Vec<&str> = listed.iter().map(String::as_str).chain(annotated).collect();
     if all.len() > MOST_NAMES {
@@ -96,6 +95,8 @@ pub fn from_annotations(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PREFIX: &str = "cdi.example.com/";
 
     #[test]
     fn names_have_a_vendor_a_class_and_a_device() {
@@ -122,17 +123,18 @@ mod tests {
     #[test]
     fn annotations_add_to_the_list_and_nothing_is_named_twice() {
         let annotations =
-            BTreeMap::from([("cdi.k8s.io/plugin_0", "v/c=a,v/c=b"), ("other", "v/c=z")]);
-        let names = from_annotations(&["v/c=b".to_owned()], &annotations).unwrap();
+            BTreeMap::from([("cdi.example.com/plugin_0", "v/c=a,v/c=b"), ("other", "v/c=z")]);
+        let names = from_annotations(&["v/c=b".to_owned()], &annotations, PREFIX).unwrap();
         let text: Vec<String> = names.iter().map(QualifiedName::to_string).collect();
         assert_eq!(text, ["v/c=b", "v/c=a"]);
-        let bad = BTreeMap::from([("cdi.k8s.io/plugin_0", "../../x")]);
-        assert!(from_annotations(&[], &bad).is_err());
+        let bad = BTreeMap::from([("cdi.example.com/plugin_0", "../../x")]);
+        assert!(from_annotations(&[], &bad, PREFIX).is_err());
     }
 
     #[test]
     fn ten_thousand_names_are_refused() {
         let many: Vec<String> = (0..10_000).map(|n| format!("v/c=d{n}")).collect();
-        assert_eq!(from_annotations(&many, &BTreeMap::new()), Err(NameError::TooMany(10_000)));
+        let names = from_annotations(&many, &BTreeMap::new(), PREFIX);
+        assert_eq!(names, Err(NameError::TooMany(10_000)));
     }
 }
