@@ -7,6 +7,7 @@ mod support;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use pinion_cri_proto::v1::{self, NamespaceMode};
 use support::{Client, Server, pod, shell};
@@ -79,6 +80,11 @@ async fn root_of_a_pod_is_nobody_on_the_node() {
     let id =
         client.launch(&pod, &inside(&config, "app", "exec sleep 71234"), &config).await.unwrap();
 
+    // The shell has yet to become it.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while pids("71234").is_empty() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let [pid] = &pids("71234")[..] else { panic!("one process") };
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let uid = status.lines().find_map(|l| l.strip_prefix("Uid:")).unwrap();

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! usual:            runtime ──clone3(NEW*, into cgroup)──▶ process
-//! joined userns:    runtime ──clone3(into cgroup)──▶ midwife ──setns(user), clone3(NEW*, PARENT)──▶ process
+//! joined userns:    runtime ──clone3(into cgroup)──▶ midwife ──setns(pid, user), clone3(NEW*, PARENT)──▶ process
 //! ```
 //!
 //! New namespaces must belong to the user namespace the container runs in. When that one
 //! exists already, only a process that has joined it can make them; having joined, it cannot
-//! come back, hence the [midwife](crate::midwife), which ends at once.
+//! come back, hence the [midwife](crate::midwife), which ends at once. It stays in our PID
+//! namespace, so that the number it reports is the one we know the process by.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -124,13 +125,13 @@ impl Birth<'_> {
     }
 
     /// PID and time namespaces apply to children only: the runtime steps over, gives birth
-    /// there, and steps back when the returned value is dropped.
+    /// there, and steps back when the returned value is dropped. A midwife enters the PID
+    /// namespace itself.
     fn visit_parent_namespaces(&self) -> Result<Visit, Failure> {
         let mut visit = Visit::default();
-        if let Some(pid) = &self.opened.pid {
+        if let Some(pid) = self.opened.pid.as_ref().filter(|_| self.opened.user.is_none()) {
             visit.leave("pid")?;
-            setns(pid.as_fd(), libc::CLONE_NEWPID as u64)
-                .doing(|| "join the PID namespace".into())?;
+            join_pids(pid)?;
         }
         if let Some(time) = &self.opened.time {
             visit.leave("time")?;
@@ -158,11 +159,17 @@ impl Birth<'_> {
     ) -> Result<Child> {
         let enter = |_: BorrowedFd<'_>| {
             join.carry_out(self.cgroup)
+                .and_then(|()| self.opened.pid.as_ref().map_or(Ok(()), join_pids))
                 .and_then(|()| setns(user.as_fd(), 0).doing(|| "join the user namespace".into()))
                 .map_err(|failure| Report::new(Step::Enter, &failure))
         };
         midwife::give(cgroup, flags, enter, |()| body(Join::Done))
     }
+}
+
+/// Has the children of this process born in the PID namespace of a file or of a pidfd.
+fn join_pids(namespace: &OwnedFd) -> Result<(), Failure> {
+    setns(namespace.as_fd(), libc::CLONE_NEWPID as u64).doing(|| "join the PID namespace".into())
 }
 
 /// The directory to be born in, and what is then left to join.
