@@ -18,7 +18,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -77,6 +78,12 @@ fn decode(message: Message, base64: bool) -> Option<(u8, Bytes)> {
     }
 }
 
+/// The end of a session. A close without a code reaches clients as 1005, and client-go takes
+/// any code but 1000 for an error of every stream, the one with the status included.
+fn goodbye() -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }))
+}
+
 fn config() -> WebSocketConfig {
     WebSocketConfig::default().max_message_size(Some(4 << 20)).max_frame_size(Some(4 << 20))
 }
@@ -116,7 +123,7 @@ impl ChannelSocket {
 
     /// Sends what is queued and closes; the client gets a moment to answer.
     pub(crate) async fn close(mut self) {
-        drop(self.out.send(Message::Close(None)).await);
+        drop(self.out.send(goodbye()).await);
         let patience = Duration::from_secs(5);
         if tokio::time::timeout(patience, &mut self.writer).await.is_err() {
             self.writer.abort();
@@ -226,7 +233,7 @@ where
                 }
             }
         }
-        drop(sink.send(Message::Close(None)).await); // the client may have left
+        drop(sink.send(goodbye()).await); // the client may have left
     });
     theirs
 }
@@ -285,6 +292,23 @@ mod tests {
         assert_eq!(decode(message, false), Some((2, Bytes::from_static(b"oops"))));
         let message = encode(STDOUT, b"\x00\xff", true);
         assert_eq!(decode(message, true), Some((1, Bytes::from_static(b"\x00\xff"))));
+    }
+
+    #[tokio::test]
+    async fn a_session_ends_with_a_normal_closure() {
+        let (ours, theirs) = tokio::io::duplex(4096);
+        let wanted = Wanted { stdin: false, stdout: true, stderr: false, tty: false };
+        let (socket, channels) = command(ours, wanted, "v5.channel.k8s.io").await;
+        drop(channels);
+        let closing = tokio::spawn(socket.close());
+        let mut client = WebSocketStream::from_raw_socket(theirs, Role::Client, None).await;
+        let mut last = None;
+        while let Some(Ok(message)) = client.next().await {
+            last = Some(message);
+        }
+        let Some(Message::Close(Some(frame))) = last else { panic!("{last:?}") };
+        assert_eq!(frame.code, CloseCode::Normal);
+        closing.await.unwrap();
     }
 
     #[test]
