@@ -73,6 +73,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     remove_strangers(node).await;
     settle_settings(node).await;
     crate::checkpoint::sweep(node);
+    node.events.recall(&node.registry.snapshot(), ids::now());
     collect_networks(node).await;
     Ok(())
 }

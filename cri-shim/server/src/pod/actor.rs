@@ -16,6 +16,7 @@ use super::schedule::{Schedule, Scope};
 use crate::admission::{Admission, Admit};
 use crate::contract::settings;
 use crate::error::{Error, Kind, Result};
+use crate::events::Note;
 use crate::monitor::{Client, Notice};
 use crate::node::Node;
 use crate::record::{CONTAINERS, Container, Exit, Phase, SANDBOXES, Sandbox};
@@ -447,14 +448,14 @@ impl Actor {
     }
 
     fn send_event(&self, id: &str, what: ContainerEventType) {
-        if self.node.events.wanted() {
-            self.node.events.send(v1::ContainerEventResponse {
-                container_id: id.to_string(),
-                container_event_type: what.into(),
-                created_at: ids::now(),
-                pod_sandbox_status: Some(status::sandbox_status(&self.sandbox)),
-                containers_statuses: status::container_statuses(&self.view()),
-            });
-        }
+        let note = Note { pod: self.sandbox.id.clone(), id: id.to_string(), what, at: ids::now() };
+        let at = note.at;
+        self.node.events.tell(note, || v1::ContainerEventResponse {
+            container_id: id.to_string(),
+            container_event_type: what.into(),
+            created_at: at,
+            pod_sandbox_status: Some(status::sandbox_status(&self.sandbox)),
+            containers_statuses: status::container_statuses(&self.view()),
+        });
     }
 }

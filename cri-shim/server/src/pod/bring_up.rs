@@ -20,6 +20,7 @@ use super::{network, shared_pid, users};
 use crate::admission::{Admit, Settled};
 use crate::contract::Handler;
 use crate::error::{Context, Error, Kind, Result};
+use crate::events::Note;
 use crate::ids;
 use crate::intent::{self, RUN_POD};
 use crate::monitor::{Client, Notice};
@@ -147,16 +148,14 @@ async fn bring_up(node: Arc<Node>, sandbox: Sandbox, completion: Completion<Stri
 /// Events of a new pod: made, and ready.
 fn announce(node: &Node, sandbox: &Sandbox) {
     use pinion_cri_proto::v1::{ContainerEventResponse, ContainerEventType};
-    if !node.events.wanted() {
-        return;
-    }
     for what in
         [ContainerEventType::ContainerCreatedEvent, ContainerEventType::ContainerStartedEvent]
     {
-        node.events.send(ContainerEventResponse {
+        let (pod, id, at) = (sandbox.id.clone(), sandbox.id.clone(), ids::now());
+        node.events.tell(Note { pod, id, what, at }, || ContainerEventResponse {
             container_id: sandbox.id.clone(),
             container_event_type: what.into(),
-            created_at: ids::now(),
+            created_at: at,
             pod_sandbox_status: Some(crate::status::sandbox_status(sandbox)),
             containers_statuses: Vec::new(),
         });

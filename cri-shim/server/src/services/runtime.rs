@@ -452,7 +452,12 @@ impl RuntimeService for RuntimeApi {
         &self,
         _: Request<GetEventsRequest>,
     ) -> Reply<Self::GetContainerEventsStream> {
-        let work = async { Ok(streams::events(self.node.events.subscribe())) };
+        let work = async {
+            Ok({
+                let (missed, live) = self.node.events.subscribe(&self.node.registry.snapshot());
+                streams::events(missed, live)
+            })
+        };
         answer("GetContainerEvents", "", work).await
     }
 

@@ -25,8 +25,9 @@ where
     Box::pin(stream::iter(items).chunks(CHUNK).map(move |chunk| Ok(message(chunk))))
 }
 
-/// Events from now on. A reader too slow to follow is told so and cut off.
+/// What was missed, then events from now on. A reader too slow to follow is told so and cut off.
 pub(crate) fn events(
+    missed: Vec<ContainerEventResponse>,
     receiver: broadcast::Receiver<ContainerEventResponse>,
 ) -> Messages<ContainerEventResponse> {
     let events = BroadcastStream::new(receiver).map(|event| match event {
@@ -36,6 +37,7 @@ pub(crate) fn events(
         ))),
     });
     // The first error ends the stream.
+    let events = stream::iter(missed.into_iter().map(Ok)).chain(events);
     Box::pin(events.scan(false, |ended, event| {
         let next = (!*ended).then_some(event);
         *ended |= next.as_ref().is_some_and(Result::is_err);
@@ -61,7 +63,7 @@ mod tests {
         for _ in 0..3 {
             sender.send(ContainerEventResponse::default()).unwrap();
         }
-        let received: Vec<_> = events(receiver).collect().await;
+        let received: Vec<_> = events(Vec::new(), receiver).collect().await;
         assert_eq!(received.len(), 1);
         assert_eq!(received[0].as_ref().unwrap_err().code(), tonic::Code::ResourceExhausted);
     }
