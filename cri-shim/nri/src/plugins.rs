@@ -216,10 +216,10 @@ impl Plugins {
     /// # Errors
     /// When a plugin refuses the pod, or a required one is missing.
     pub async fn run_pod(&self, pod: &PodSandbox) -> Result<(), Refused> {
-        self.require(&*self.list.lock().await)?;
+        self.require(&self.list.lock().await)?;
         self.tell(Event::RunPodSandbox, Subject::pod(pod)).await?;
         // One that did not answer has been dropped by now.
-        self.require(&*self.list.lock().await)
+        self.require(&self.list.lock().await)
     }
 
     /// The containers of a pod have ended; its network is still there.
@@ -369,7 +369,7 @@ impl Plugins {
         for plugin in list.iter().filter(|plugin| plugin.wants(Event::StopContainer)) {
             match plugin.call::<StopContainerResponse>(METHOD, &request).await {
                 Ok(answer) => {
-                    merged.update(&plugin.name, &answer.update).map_err(Refused::Conflict)?
+                    merged.update(&plugin.name, &answer.update).map_err(Refused::Conflict)?;
                 }
                 Err(error) => survive(plugin, METHOD, error)?,
             }
