@@ -57,7 +57,7 @@ async fn server() -> (Server, Client) {
 async fn says(client: &mut Client, container: &str, script: &str) -> String {
     let done = client.exec(container, &["/bin/sh", "-c", script], 20).await.unwrap();
     assert_eq!(done.exit_code, 0, "{script}: {}", String::from_utf8_lossy(&done.stderr));
-    String::from_utf8(done.stdout).unwrap().trim().split_whitespace().collect::<Vec<_>>().join(" ")
+    String::from_utf8(done.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Pids on the host of processes whose command line has a mark.

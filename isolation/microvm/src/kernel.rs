@@ -79,7 +79,7 @@ impl Kernel {
                 modules.is_dir().then_some(Self { release, image, modules })
             })
             .collect();
-        found.sort_by(|a, b| natural(&a.release).cmp(&natural(&b.release)));
+        found.sort_by_key(|found| natural(&found.release));
         found.pop().ok_or_else(|| {
             Error::Missing(format!(
                 "no kernel for guests: {} has no vmlinuz-* with modules; install a kernel package \

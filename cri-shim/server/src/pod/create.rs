@@ -288,6 +288,9 @@ async fn steps(
     Ok(created)
 }
 
+/// A configuration, and the device nodes in it.
+type Assembled = (Built, Vec<pinion_device::Demand>);
+
 /// A container whose OCI configuration is complete.
 struct Finished {
     built: Built,
@@ -299,10 +302,7 @@ struct Finished {
 }
 
 impl Finished {
-    fn as_planned(
-        (built, nodes): (Built, Vec<pinion_device::Demand>),
-        planned: &Container,
-    ) -> Result<Self> {
+    fn as_planned((built, nodes): Assembled, planned: &Container) -> Result<Self> {
         let config = serde_json::to_value(&built.spec)
             .context(|| format!("encode the configuration of {}", planned.id))?;
         Ok(Self { built, nodes, planned: planned.clone(), config })
@@ -360,7 +360,7 @@ fn prepare(
     record: &Container,
     decision: &Decision,
     devices: &Devices,
-) -> Result<((Built, Vec<pinion_device::Demand>), BTreeMap<String, PathBuf>)> {
+) -> Result<(Assembled, BTreeMap<String, PathBuf>)> {
     let node = &context.node;
     let directory = node.paths.pod(&context.sandbox.id).container(&record.id);
     let rootfs = directory.rootfs();
@@ -394,7 +394,7 @@ fn build(
     (config, devices): (&v1::ContainerConfig, &Devices),
     rootfs: &Path,
     volumes: BTreeMap<String, PathBuf>,
-) -> Result<(Built, Vec<pinion_device::Demand>)> {
+) -> Result<Assembled> {
     let node = &context.node;
     let sandbox = context.sandbox.config_in_force();
     let image = node.images.config(&record.image_id).image_error()?;

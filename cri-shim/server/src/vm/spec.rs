@@ -130,8 +130,8 @@ mod tests {
                 "resources": { "cpu": { "cpus": "6-7", "mems": "1", "shares": 512 } },
             },
         });
-        if let (Some(into), Some(from)) = (value.as_object_mut(), extra.as_object()) {
-            into.extend(from.clone());
+        if let (Some(into), serde_json::Value::Object(from)) = (value.as_object_mut(), extra) {
+            into.extend(from);
         }
         serde_json::from_value(value).unwrap()
     }

@@ -20,7 +20,7 @@ pub(crate) type Usages = HashMap<String, Usage>;
 pub(crate) async fn read(pods: impl Iterator<Item = &Arc<PodView>>) -> Usages {
     let asked =
         pods.filter(|pod| pod.sandbox.guest.is_some()).filter_map(|pod| pod.monitor.clone());
-    let answers = futures::future::join_all(asked.map(|monitor| ask(monitor))).await;
+    let answers = futures::future::join_all(asked.map(ask)).await;
     answers.into_iter().flatten().map(|usage| (usage.id.clone(), of(&usage))).collect()
 }
 
