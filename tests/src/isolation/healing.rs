@@ -70,13 +70,22 @@ fn refilled(list: &Path, cpus: &str) -> Result<()> {
     Ok(())
 }
 
-/// The receipt tells of the loss and is aligned again.
+/// The receipt tells of the loss and of its repair, and is aligned again; the server may still
+/// be looking at what it has repaired.
 fn told(cri: &Cri, id: &str) -> Result<()> {
-    let receipt = cri.receipt(id)?;
-    ensure(receipt["verdict"] == "aligned", || format!("the receipt says {receipt}"))?;
-    let lost = term(&receipt, "exclusive-cpus")?["evidence"]["lost"].clone();
-    println!("  receipt: lost {}", lost.as_str().unwrap_or("-"));
-    ensure(lost.is_string(), || format!("the receipt does not tell of the loss: {receipt}"))
+    let began = Instant::now();
+    loop {
+        let receipt = cri.receipt(id)?;
+        let lost = term(&receipt, "exclusive-cpus")?["evidence"]["lost"].clone();
+        let lost = lost.as_str().unwrap_or_default();
+        let repaired = !lost.is_empty() && !lost.contains("repaired 0 times");
+        if repaired && receipt["verdict"] == "aligned" {
+            println!("  receipt: lost {lost}");
+            return Ok(());
+        }
+        ensure(began.elapsed() < BUDGET, || format!("the receipt says {receipt}"))?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 pub(super) fn ancestor(site: &mut Site) -> Result<()> {

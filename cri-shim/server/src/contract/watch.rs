@@ -91,14 +91,13 @@ pub(crate) async fn heal(node: &Arc<Node>, container: &Container) -> Result<()> 
         settled(node, &container.id);
         return Ok(());
     };
+    let known = noticed(node, &container.id, &loss);
     let outcome = node.programs.update(&container.id, &Default::default()).await;
     let still = look(node, container).await?;
     let millis = u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
     let id = &container.id;
     let mut histories = node.histories.lock();
     let history = histories.entry(id.clone()).or_default();
-    let known = history.missing && still.is_some();
-    history.lost += u64::from(!history.missing);
     history.missing = still.is_some();
     history.failures = if history.missing { history.failures.saturating_add(1) } else { 0 };
     history.millis = millis;
@@ -116,6 +115,17 @@ pub(crate) async fn heal(node: &Arc<Node>, container: &Container) -> Result<()> 
         tracing::error!(container = id, reason = history.last, "exclusive CPUs are lost");
     }
     Ok(())
+}
+
+/// Counts a loss before anything is done about it, so that nobody reads an old history
+/// meanwhile; whether it was known before.
+fn noticed(node: &Node, id: &str, loss: &Refusal) -> bool {
+    let mut histories = node.histories.lock();
+    let history = histories.entry(id.to_owned()).or_default();
+    let known = std::mem::replace(&mut history.missing, true);
+    history.lost += u64::from(!known);
+    history.last.clone_from(&loss.detail);
+    known
 }
 
 /// What was missing is there again without our doing.
