@@ -80,12 +80,18 @@ test-node: setup-test build ## everything that runs in the virtual node
 node: setup-demo build ## a command in the virtual node, with Pinion installed: make node CMD='pinctl topology'
 	$(HARNESS) node run -- sh -c '$(CMD)'
 
+# Tables, charts and numbers of the last run; the README shows the medians.
+RESULTS := bench/results
+results = --markdown $(RESULTS)/$(1).md --json $(RESULTS)/$(1).json --svg $(RESULTS)/$(1).svg --insert README.md
+
 .PHONY: bench bench-oci bench-cri
-bench: bench-oci bench-cri ## all benchmarks, side by side with the peers
+bench: bench-oci bench-cri ## all benchmarks side by side with the peers: make bench BENCH_ARGS='-n 20'
 bench-oci: setup-test build ## create, start, exec, state, delete against runc and crun
-	$(STAGE)/pinion-bench oci --runtime pinion=$(STAGE)/pinion --runtime runc=runc --runtime crun=crun
+	@mkdir -p $(RESULTS)
+	$(STAGE)/pinion-bench oci --runtime pinion=$(STAGE)/pinion --runtime runc=runc --runtime crun=crun $(call results,oci) $(BENCH_ARGS)
 bench-cri: setup-test build ## pods through CRI against containerd and runc
-	$(HARNESS) bench cri
+	@mkdir -p $(RESULTS)
+	$(HARNESS) bench cri -- $(call results,cri) $(BENCH_ARGS) $(BENCH_CRI_ARGS)
 
 .PHONY: test-faults
 test-faults: setup-test build ## pinion made to fail at every system call in turn (an hour)

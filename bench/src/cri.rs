@@ -9,20 +9,21 @@ use pinion_cri_proto::v1::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
     ImageStatusRequest, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest,
-    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest, image_service_client::ImageServiceClient,
-    runtime_service_client::RuntimeServiceClient,
+    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
+use crate::memory;
 use crate::report::{Collector, Report};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// What every pod of the comparison looks like.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct PodShape {
     pub(crate) image: String,
     pub(crate) handler: String,
@@ -30,25 +31,31 @@ pub(crate) struct PodShape {
     pub(crate) cgroup_parent: String,
 }
 
-/// Compares servers given by name and socket.
+/// Compares servers given by name and socket; `daemons` are their processes, to be weighed.
 pub(crate) fn compare(
     endpoints: &[(String, String)],
-    rounds: usize,
+    daemons: &[(String, u32)],
+    (rounds, pods): (usize, usize),
     shape: &PodShape,
 ) -> Outcome<Report> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(compare_async(endpoints, rounds, shape))
+    runtime.block_on(compare_async(endpoints, daemons, (rounds, pods), shape))
 }
 
 async fn compare_async(
     endpoints: &[(String, String)],
-    rounds: usize,
+    daemons: &[(String, u32)],
+    (rounds, pods): (usize, usize),
     shape: &PodShape,
 ) -> Outcome<Report> {
     let network = if shape.host_network { "host network" } else { "pod network" };
     let names = endpoints.iter().map(|(name, _)| name.clone()).collect();
     let title = format!("CRI servers, one pod with one container, {network}, {rounds} rounds");
     let mut collector = Collector::new(title, names);
+    let mut idle = HashMap::new();
+    for (name, pid) in daemons {
+        idle.insert(name, memory::resident(*pid)?);
+    }
     let mut servers = Vec::new();
     for (name, socket) in endpoints {
         let channel = connect(socket).await?;
@@ -67,7 +74,150 @@ async fn compare_async(
             }
         }
     }
+    let burst_name = format!("{pods} pods, {IN_FLIGHT} at a time");
+    for (peer, (name, socket)) in endpoints.iter().enumerate() {
+        let channel = connect(socket).await?;
+        let measured = async {
+            for time in pulls(&channel, &shape.image).await? {
+                collector.add("image", "PullImage", "ms", peer, time);
+            }
+            for (measure, unit, value) in burst(&servers[peer], shape, pods).await? {
+                collector.add(&burst_name, measure, unit, peer, value);
+            }
+            Ok::<_, Box<dyn Error>>(())
+        };
+        measured.await.map_err(|error| format!("{name}: {error}"))?;
+    }
+    for (peer, (name, _)) in endpoints.iter().enumerate() {
+        if let Some((_, pid)) = daemons.iter().find(|(daemon, _)| daemon == name) {
+            let value = memory::resident(*pid)?;
+            collector.add("server", "resident after all", "KiB", peer, value);
+            collector.add("server", "resident idle", "KiB", peer, idle[name]);
+        }
+    }
     Ok(collector.report())
+}
+
+/// Of many pods, so many are being started at any time.
+const IN_FLIGHT: usize = 10;
+/// How often an image is pulled anew; each pull unpacks where the last one was removed.
+const PULLS: usize = 3;
+
+/// Milliseconds of each pull of an image that is not there.
+async fn pulls(channel: &Channel, image: &str) -> Outcome<Vec<f64>> {
+    let mut images = ImageServiceClient::new(channel.clone());
+    let spec = Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() });
+    let mut times = Vec::new();
+    for _ in 0..PULLS {
+        images.remove_image(RemoveImageRequest { image: spec.clone() }).await?;
+        let began = Instant::now();
+        let request = PullImageRequest { image: spec.clone(), ..PullImageRequest::default() };
+        images.pull_image(request).await?;
+        times.push(began.elapsed().as_secs_f64() * 1000.0);
+    }
+    Ok(times)
+}
+
+/// Starts and removes many pods; between the two, what keeps them is weighed.
+async fn burst(
+    client: &Client,
+    shape: &PodShape,
+    pods: usize,
+) -> Outcome<Vec<(&'static str, &'static str, f64)>> {
+    let before = memory::shares(KEEPERS)?;
+    let began = Instant::now();
+    let started_pods = in_parallel(0..pods, |number| {
+        let (mut client, shape) = (client.clone(), shape.clone());
+        async move { start_pod(&mut client, &shape, 1000 + number).await }
+    })
+    .await?;
+    let started = began.elapsed().as_secs_f64() * 1000.0;
+    let kept = (memory::shares(KEEPERS)? - before) / pods as f64;
+    let began = Instant::now();
+    in_parallel(started_pods, |pod| {
+        let mut client = client.clone();
+        async move { end_pod(&mut client, pod).await }
+    })
+    .await?;
+    let ended = began.elapsed().as_secs_f64() * 1000.0;
+    Ok(vec![
+        ("start all", "ms", started),
+        ("end all", "ms", ended),
+        ("monitor or shim, PSS per pod", "KiB", kept),
+    ])
+}
+
+/// The processes that stay with a pod.
+const KEEPERS: &[&str] = &["pinion-monitor", "containerd-shim"];
+
+/// Runs `act` for every item, [`IN_FLIGHT`] at a time.
+async fn in_parallel<T, R, F>(
+    items: impl IntoIterator<Item = T>,
+    act: impl Fn(T) -> F,
+) -> Outcome<Vec<R>>
+where
+    R: Send + 'static,
+    F: Future<Output = Result<R, String>> + Send + 'static,
+{
+    let mut items = items.into_iter();
+    let mut running = tokio::task::JoinSet::new();
+    let mut results = Vec::new();
+    for item in items.by_ref().take(IN_FLIGHT) {
+        running.spawn(act(item));
+    }
+    while let Some(result) = running.join_next().await {
+        results.push(result??);
+        if let Some(item) = items.next() {
+            running.spawn(act(item));
+        }
+    }
+    Ok(results)
+}
+
+/// A pod with one container that sleeps.
+async fn start_pod(
+    client: &mut Client,
+    shape: &PodShape,
+    number: usize,
+) -> Result<(String, String), String> {
+    let failed = |what: &str, error: tonic::Status| format!("{what}: {error}");
+    let config = sandbox_config(shape, number);
+    let request = RunPodSandboxRequest {
+        config: Some(config.clone()),
+        runtime_handler: shape.handler.clone(),
+    };
+    let pod = client.run_pod_sandbox(request).await.map_err(|e| failed("RunPodSandbox", e))?;
+    let pod = pod.into_inner().pod_sandbox_id;
+    let request = CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(sleeping(shape)),
+        sandbox_config: Some(config.clone()),
+    };
+    let id = client.create_container(request).await.map_err(|e| failed("CreateContainer", e))?;
+    let container_id = id.into_inner().container_id;
+    let request = StartContainerRequest { container_id };
+    client.start_container(request).await.map_err(|e| failed("StartContainer", e))?;
+    Ok((pod, config.log_directory))
+}
+
+async fn end_pod(client: &mut Client, pod: (String, String)) -> Result<(), String> {
+    let (pod_sandbox_id, logs) = pod;
+    let stop = StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+    client.stop_pod_sandbox(stop).await.map_err(|error| format!("StopPodSandbox: {error}"))?;
+    let remove = RemovePodSandboxRequest { pod_sandbox_id };
+    let removed = client.remove_pod_sandbox(remove).await;
+    let _ = std::fs::remove_dir_all(logs);
+    removed.map(drop).map_err(|error| format!("RemovePodSandbox: {error}"))
+}
+
+fn sleeping(shape: &PodShape) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
+        image: Some(ImageSpec { image: shape.image.clone(), ..ImageSpec::default() }),
+        command: vec!["/bin/sleep".to_owned(), "1000".to_owned()],
+        log_path: "main.log".to_owned(),
+        ..ContainerConfig::default()
+    }
 }
 
 async fn connect(socket: &str) -> Outcome<Channel> {
@@ -177,13 +327,7 @@ async fn one_container(
     sandbox: &PodSandboxConfig,
     laps: &mut Laps,
 ) -> Outcome<()> {
-    let config = ContainerConfig {
-        metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
-        image: Some(ImageSpec { image: shape.image.clone(), ..ImageSpec::default() }),
-        command: vec!["/bin/sleep".to_owned(), "1000".to_owned()],
-        log_path: "main.log".to_owned(),
-        ..ContainerConfig::default()
-    };
+    let config = sleeping(shape);
     let request = CreateContainerRequest {
         pod_sandbox_id: pod.to_owned(),
         config: Some(config),

@@ -3,6 +3,8 @@
 
 mod bundle;
 mod cri;
+mod insert;
+mod memory;
 mod oci;
 mod plot;
 mod process;
@@ -11,7 +13,7 @@ mod samples;
 
 use std::error::Error;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -46,9 +48,15 @@ enum What {
         /// NAME=SOCKET, once per server; the first one is what the others are compared with.
         #[arg(long = "endpoint", required = true, value_parser = named)]
         endpoints: Vec<(String, String)>,
+        /// NAME=PID of a server, whose memory is then reported.
+        #[arg(long = "daemon", value_parser = daemon)]
+        daemons: Vec<(String, u32)>,
         /// Rounds; each runs one pod on every server.
         #[arg(short = 'n', long, default_value_t = 20)]
         rounds: usize,
+        /// Pods that are started at once, after the rounds.
+        #[arg(long, default_value_t = 50)]
+        pods: usize,
         /// An image with `sleep` and `true`; pulled where it is missing.
         #[arg(long, default_value = "docker.io/library/busybox:latest")]
         image: String,
@@ -68,12 +76,20 @@ enum What {
 
 #[derive(Debug, Args)]
 struct Output {
+    /// Also write the table to a file.
+    #[arg(long)]
+    markdown: Option<PathBuf>,
     /// Also write the results as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
     /// Also draw the medians as an SVG bar chart.
     #[arg(long)]
     svg: Option<PathBuf>,
+    /// Also put the medians into a Markdown file, between the lines
+    /// `<!-- bench:WHAT:begin -->` and `<!-- bench:WHAT:end -->` (WHAT: oci or cri), with links
+    /// to the table and the chart that were written.
+    #[arg(long)]
+    insert: Option<PathBuf>,
 }
 
 fn named(text: &str) -> Result<(String, String), String> {
@@ -83,6 +99,11 @@ fn named(text: &str) -> Result<(String, String), String> {
         }
         _ => Err("expected NAME=VALUE".to_owned()),
     }
+}
+
+fn daemon(text: &str) -> Result<(String, u32), String> {
+    let (name, pid) = named(text)?;
+    pid.parse().map(|pid| (name, pid)).map_err(|error| format!("{pid:?}: {error}"))
 }
 
 fn main() -> ExitCode {
@@ -107,27 +128,50 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
-    let (report, output) = match cli.what {
+    let (name, report, output) = match cli.what {
         What::Oci { runtimes, rounds, busybox, output } => {
-            (oci::compare(&runtimes, rounds, &busybox)?, output)
+            ("oci", oci::compare(&runtimes, rounds, &busybox)?, output)
         }
-        What::Cri { endpoints, rounds, image, handler, host_network, cgroup_parent, output } => {
+        What::Cri {
+            endpoints,
+            daemons,
+            rounds,
+            pods,
+            image,
+            handler,
+            host_network,
+            cgroup_parent,
+            output,
+        } => {
             let pod = cri::PodShape { image, handler, host_network, cgroup_parent };
-            (cri::compare(&endpoints, rounds, &pod)?, output)
+            ("cri", cri::compare(&endpoints, &daemons, (rounds, pods), &pod)?, output)
         }
     };
-    finish(&report, &output)
+    finish(name, &report, &output)
 }
 
-fn finish(report: &Report, output: &Output) -> Result<(), Box<dyn Error>> {
+fn finish(name: &str, report: &Report, output: &Output) -> Result<(), Box<dyn Error>> {
     println!("{report}");
+    if let Some(path) = &output.markdown {
+        write(path, &report.to_string())?;
+    }
     if let Some(path) = &output.json {
-        fs::write(path, serde_json::to_string_pretty(report)?)
-            .map_err(|error| format!("write {}: {error}", path.display()))?;
+        write(path, &serde_json::to_string_pretty(report)?)?;
     }
     if let Some(path) = &output.svg {
-        fs::write(path, plot::svg(report))
-            .map_err(|error| format!("write {}: {error}", path.display()))?;
+        write(path, &plot::svg(report))?;
+    }
+    if let Some(path) = &output.insert {
+        let text = fs::read_to_string(path)
+            .map_err(|error| format!("read {}: {error}", path.display()))?;
+        let section = insert::section(report, output.markdown.as_deref(), output.svg.as_deref());
+        let text = insert::between_marks(&text, name, &section)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        write(path, &text)?;
     }
     Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    fs::write(path, text).map_err(|error| format!("write {}: {error}", path.display()))
 }

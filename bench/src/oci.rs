@@ -1,16 +1,18 @@
 //! The life of a container through OCI runtimes.
 //!
 //! Per round, configuration and runtime: create, start, wait, delete of `/bin/true`; then a
-//! sleeping container for exec and state. The peers take turns at going first.
+//! sleeping container for exec and state. The peers take turns at going first. On a machine
+//! that does other things too, CPU time and system calls say more than wall time.
 
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use pinion_cgroup::{Hierarchies, Mode};
@@ -20,6 +22,9 @@ use crate::process::{peak_memory, timed};
 use crate::report::{Collector, Report};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// What a tracer may need to write its last lines.
+const SETTLE: Duration = Duration::from_millis(50);
 
 /// How often memory is measured; it hardly varies.
 const MEMORY_ROUNDS: usize = 3;
@@ -127,8 +132,52 @@ impl Bench {
                     collector.add(shape.name(), "create peak memory", "KiB", peer, value);
                 }
             }
+            for (peer, (_, program)) in runtimes.iter().enumerate() {
+                for (measure, count) in self.calls(program, shape)? {
+                    collector.add(shape.name(), measure, "calls", peer, count);
+                }
+            }
+        }
+        for (peer, (name, program)) in runtimes.iter().enumerate() {
+            let path = on_path(program).ok_or_else(|| format!("{name}: no {program}"))?;
+            let size = fs::metadata(&path)?.len() as f64 / 1024.0;
+            collector.add("program", "size", "KiB", peer, size);
         }
         Ok(())
+    }
+
+    /// System calls of a verb, the container's process until its program included.
+    fn calls(&self, program: &str, shape: Shape) -> Outcome<Vec<(&'static str, f64)>> {
+        let bundle = self.bundle(shape, "sleep");
+        let pid_file = self.directory.join("pid");
+        let create =
+            ["create", "--bundle", text(&bundle)?, "--pid-file", text(&pid_file)?, "bench"];
+        let mut counts = vec![("create calls", self.traced(program, &create)?)];
+        let pid: i32 = fs::read_to_string(&pid_file)?.trim().parse()?;
+        counts.push(("start calls", self.traced(program, &["start", "bench"])?));
+        counts.push(("exec calls", self.traced(program, &["exec", "bench", "/bin/true"])?));
+        counts.push(("state calls", self.traced(program, &["state", "bench"])?));
+        self.run(program, &["kill", "bench", "KILL"])?;
+        waitpid(Pid::from_raw(pid), None)?;
+        counts.push(("delete calls", self.traced(program, &["delete", "bench"])?));
+        Ok(counts)
+    }
+
+    /// The tracer is nobody's parent (`-D`): a container that was made keeps it alive.
+    fn traced(&self, program: &str, arguments: &[&str]) -> Outcome<f64> {
+        // A file for each verb: the tracer of `create` goes on writing for the container.
+        let trace = self.directory.join(format!("trace-{}", arguments[0]));
+        let command = self.command(program, arguments);
+        let mut traced = Command::new("strace");
+        traced.args(["-D", "-f", "-qq", "-o"]).arg(&trace);
+        traced.arg(command.get_program()).args(command.get_args());
+        timed(&mut traced, &self.directory.join("log"))?;
+        std::thread::sleep(SETTLE);
+        let lines = fs::read_to_string(&trace)?;
+        let whole = |line: &&str| {
+            !(line.contains("resumed>") || line.contains("+++") || line.contains("---"))
+        };
+        Ok(lines.lines().filter(whole).count() as f64)
     }
 
     fn command(&self, program: &str, arguments: &[&str]) -> Command {
@@ -154,6 +203,7 @@ impl Bench {
 
     /// create, start, wait and delete of a program that ends at once.
     fn one_life(&self, program: &str, shape: Shape) -> Outcome<Vec<(&'static str, f64)>> {
+        let spent = processor_time()?;
         let began = Instant::now();
         let (create, pid) = self.create(program, shape, "true")?;
         let outcome = (|| {
@@ -161,7 +211,14 @@ impl Bench {
             waitpid(pid, None)?;
             let delete = self.run(program, &["delete", "bench"])?;
             let life = began.elapsed().as_secs_f64() * 1000.0;
-            Ok(vec![("life", life), ("create", create), ("start", start), ("delete", delete)])
+            let spent = processor_time()? - spent;
+            Ok(vec![
+                ("life", life),
+                ("create", create),
+                ("start", start),
+                ("delete", delete),
+                ("life CPU time", spent),
+            ])
         })();
         if outcome.is_err() {
             let _ = self.run(program, &["delete", "--force", "bench"]);
@@ -199,6 +256,24 @@ impl Bench {
         waitpid(Pid::from_raw(pid), None)?;
         peak
     }
+}
+
+/// Milliseconds of CPU that all children waited for so far have used.
+fn processor_time() -> Outcome<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let milliseconds = |time: nix::sys::time::TimeVal| {
+        time.tv_sec() as f64 * 1000.0 + time.tv_usec() as f64 / 1000.0
+    };
+    Ok(milliseconds(usage.user_time()) + milliseconds(usage.system_time()))
+}
+
+/// Where the shell would find `program`.
+fn on_path(program: &str) -> Option<PathBuf> {
+    if program.contains('/') {
+        return Some(program.into());
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| path.exists())
 }
 
 fn text(path: &Path) -> Outcome<&str> {

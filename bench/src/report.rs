@@ -24,7 +24,7 @@ pub(crate) struct Row {
     pub(crate) group: String,
     /// What was measured.
     pub(crate) measure: String,
-    /// `ms` or `KiB`.
+    /// `ms`, `KiB` or `calls`.
     pub(crate) unit: &'static str,
     /// One per peer, in the report's order.
     pub(crate) values: Vec<Option<Summary>>,

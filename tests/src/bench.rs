@@ -19,6 +19,7 @@ pub(crate) fn cri(assets: &Assets, arguments: &[String]) -> Result<()> {
         let (kind, site) = site?;
         site.warm_up(&site.connect()?)?;
         bench.arg("--endpoint").arg(format!("{}={}", kind.name(), site.server.socket.display()));
+        bench.arg("--daemon").arg(format!("{}={}", kind.name(), site.server.pid()));
         running.push(site);
     }
     let status = bench.args(arguments).status().during(|| "run pinion-bench".into())?;

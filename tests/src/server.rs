@@ -102,6 +102,11 @@ impl Server {
         format!("unix://{}", self.socket.display())
     }
 
+    /// The server's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Which server it is.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
