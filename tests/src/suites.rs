@@ -11,22 +11,22 @@ use crate::error::{During, Result, ensure};
 type Suite = (&'static str, &'static [&'static str]);
 
 /// What runs inside the virtual node.
-const IN_NODE: [Suite; 6] = [
+const IN_NODE: [Suite; 5] = [
     ("isolation", &["isolation"]),
     ("kubelet", &["kubelet"]),
-    ("the crates' own tests", &["crates"]),
     ("crash", &["crash", "host"]),
     ("bad input", &["badinput", "host"]),
     ("critest, conformance", &["critest", "host", "--focus", "Conformance"]),
 ];
 
 /// Everything, from a host.
-const ALL: [Suite; 7] = [
+const ALL: [Suite; 8] = [
     ("critest on this machine", &["critest", "host"]),
     ("crash on this machine", &["crash", "host"]),
     ("bad input on this machine", &["badinput", "host"]),
     ("pods in virtual machines", &["vm"]),
     ("demo on this machine", &["demo", "host"]),
+    ("devices in the node", &["devices", "node"]),
     ("demo in the node", &["demo", "node"]),
     ("all suites in the node", &["node", "suite"]),
 ];

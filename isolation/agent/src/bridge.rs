@@ -53,7 +53,7 @@ enum Source {
 #[derive(Debug)]
 pub(crate) enum Word {
     /// An answer; once what is in these streams was sent, which are closed then.
-    Answer { response: Response, after: Vec<u32> },
+    Answer { response: Box<Response>, after: Vec<u32> },
     /// A connection that is stream `read` and `written`.
     Connected { socket: OwnedFd, read: u32, written: u32 },
     /// The call is over.
@@ -285,7 +285,7 @@ impl Bridge {
         while let Ok(word) = self.received.try_recv() {
             match word {
                 Word::Answer { response, after } => {
-                    let (what, since) = (What::Answer(response), Instant::now());
+                    let (what, since) = (What::Answer(*response), Instant::now());
                     self.held.push(Held { what, streams: after, ended: false, since });
                 }
                 Word::Connected { socket, read, written } => {

@@ -36,11 +36,11 @@ pub(crate) fn conduct(mut conduct: Conduct) {
     let words = conduct.words.clone();
     let answer = |outcome: Outcome, after: Vec<u32>| {
         let response = Response { request: request.id, outcome: Some(outcome) };
-        words.say(Word::Answer { response, after });
+        words.say(Word::Answer { response: Box::new(response), after });
     };
     let after = conduct.after.clone();
     let result = match request.verb {
-        Some(Verb::Create(create)) => create_container(&mut conduct, create),
+        Some(Verb::Create(create)) => create_container(&mut conduct, &create),
         Some(Verb::Exec(exec)) => {
             execute(&mut conduct, exec, |started| answer(started, Vec::new()))
         }
@@ -89,7 +89,7 @@ fn next(core: &mut Channel) -> Result<Outcome, Error> {
 }
 
 /// Mounts the root filesystem, creates the container, and joins its stdio for good.
-fn create_container(conduct: &mut Conduct, create: Create) -> Result<Outcome, Error> {
+fn create_container(conduct: &mut Conduct, create: &Create) -> Result<Outcome, Error> {
     let id = create.id.clone();
     check_id(&id)?;
     let created = rootfs::mount_rootfs(&id, &create.disk)
@@ -101,7 +101,7 @@ fn create_container(conduct: &mut Conduct, create: Create) -> Result<Outcome, Er
     created
 }
 
-fn create_in_core(conduct: &mut Conduct, create: Create) -> Result<Outcome, Error> {
+fn create_in_core(conduct: &mut Conduct, create: &Create) -> Result<Outcome, Error> {
     let id = create.id.clone();
     let directory = rootfs::directory(&id).to_string_lossy().into_owned();
     let [stdin, stdout, stderr] = std::mem::take(&mut conduct.fds);
@@ -115,7 +115,7 @@ fn create_in_core(conduct: &mut Conduct, create: Create) -> Result<Outcome, Erro
         cgroup: format!("/sys/fs/cgroup{}", usage::cgroup_path(&id)),
         memory_cgroup: String::new(),
         disk: String::new(),
-        ..create
+        ..create.clone()
     };
     let mut core = core()?;
     let created = ask(&mut core, Verb::Create(verb), &[])?;

@@ -29,7 +29,7 @@ pub(crate) fn hello() -> Result<AgentHello, Error> {
         release: rustix::system::uname().release().to_string_lossy().into_owned(),
         cpus: std::thread::available_parallelism()
             .map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
-        memory_bytes: u64::try_from(info.totalram).unwrap_or(0) * u64::from(info.mem_unit),
+        memory_bytes: info.totalram * u64::from(info.mem_unit),
         uptime_microseconds: (seconds * 1e6) as u64,
     })
 }

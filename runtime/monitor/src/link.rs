@@ -347,7 +347,7 @@ impl<S: Copy> Link<S> {
             while let Some(packet) = self.decoder.next::<Packet>()? {
                 let what = packet.what.ok_or(LinkError::Protocol("an empty packet"))?;
                 match what {
-                    What::Data(data) => self.data(data, reactor)?,
+                    What::Data(data) => self.data(&data, reactor)?,
                     What::End(end) => self.end(end.stream, reactor)?,
                     What::Credit(credit) => self.credit(credit, reactor)?,
                     What::Cut(cut) => self.cut(cut.stream, reactor)?,
@@ -358,7 +358,7 @@ impl<S: Copy> Link<S> {
         Ok(())
     }
 
-    fn data<T>(&mut self, data: Data, reactor: &mut Reactor<S, T>) -> Result<(), LinkError> {
+    fn data<T>(&mut self, data: &Data, reactor: &mut Reactor<S, T>) -> Result<(), LinkError> {
         let length = u32::try_from(data.bytes.len()).unwrap_or(u32::MAX);
         match self.streams.get_mut(&data.stream) {
             Some(Stream::Writer(writer)) => {

@@ -94,13 +94,16 @@ impl Pod {
         if request.id == 0 {
             return Err(Error::Invalid("request id 0 is for events".to_owned()));
         }
-        let verb = match request.verb {
-            None => return Err(Error::Invalid("request without a known verb".to_owned())),
-            Some(verb) => verb,
+        let Some(verb) = request.verb else {
+            return Err(Error::Invalid("request without a known verb".to_owned()));
         };
-        let (verb, fds) = match self.carry_out_inside(verb, fds, reply) {
-            Ok(answer) => return answer,
-            Err(outside) => outside,
+        let (verb, fds) = if self.guest.is_none() {
+            (verb, fds)
+        } else {
+            match self.carry_out_inside(verb, fds, reply) {
+                Ok(answer) => return answer,
+                Err(outside) => *outside,
+            }
         };
         match verb {
             Verb::Hello(hello) => self.hello(&hello, reply),

@@ -35,16 +35,13 @@ const MAX_DOCUMENT: u64 = 512 * 1024;
 const OOM_PAUSE: Duration = Duration::from_millis(100);
 
 impl Pod {
-    /// Carries out a verb in the guest; hands back one that needs no guest.
+    /// Carries out a verb in the guest that there is; hands back one that needs none.
     pub(in crate::pod) fn carry_out_inside(
         &mut self,
         verb: Verb,
         fds: Vec<OwnedFd>,
         reply: Reply,
-    ) -> Result<Answer, (Verb, Vec<OwnedFd>)> {
-        if self.guest.is_none() {
-            return Err((verb, fds));
-        }
+    ) -> Result<Answer, Box<(Verb, Vec<OwnedFd>)>> {
         Ok(match verb {
             Verb::Hello(hello) if self.is_coming_up() => self.wait_for_guest(&hello, reply),
             Verb::Create(create) => self.create_inside(create, reply),
@@ -56,7 +53,7 @@ impl Pod {
             Verb::Resize(resize) => self.pass_on(Verb::Resize(resize), reply),
             Verb::Usage(usage) => self.usage_inside(usage, reply),
             Verb::Dial(dial) => self.dial_inside(dial, fds, reply),
-            other => return Err((other, fds)),
+            other => return Err(Box::new((other, fds))),
         })
     }
 
