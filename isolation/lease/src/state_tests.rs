@@ -1,3 +1,5 @@
+//! Leases against a tree of files: taken, shared, interrupted at every record, given back.
+
 use std::fs;
 use std::path::PathBuf;
 

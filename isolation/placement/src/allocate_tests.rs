@@ -1,3 +1,5 @@
+//! The choice of CPUs on machines made of data: whole cores, one node, never a taken one.
+
 use proptest::prelude::*;
 
 use super::*;

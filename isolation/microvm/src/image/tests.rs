@@ -1,3 +1,5 @@
+//! The guest image: the same inputs give the same bytes, and a damaged one is refused.
+
 use super::*;
 
 /// A program, static or not, as far as is looked at.
