@@ -13,17 +13,15 @@ use pinion_sys::clone::Child;
 
 use crate::child::{Init, run_init};
 use crate::config::Spec;
-use crate::error::{Doing, Error, Failure, Result};
+use crate::error::{Doing, Error, Result};
 use crate::launch::{self, Birth, Opened};
-use crate::mounts::MountKind;
-use crate::namespaces::{Mappings, Namespaces};
 use crate::net_devices::Transfer;
 use crate::plan::{Facts, Plan};
 use crate::protocol::{Channel, Message};
 use crate::rdt::{self, RdtPlan};
 use crate::state::{Lock, Process, Record, StateDir};
 use crate::status::Status;
-use crate::{config, delete, hooks, isolation, paths};
+use crate::{config, delete, hooks, isolation, paths, prepared};
 
 /// What `create` and `run` are told.
 #[derive(Debug)]
@@ -92,8 +90,8 @@ fn bring_up(
     let mut cgroup = make_cgroup((options.driver, options.id), spec, plan, guard, &hierarchies)?;
     let rdt = make_rdt_groups(spec, options.id, guard)?;
     let opened = Opened::open(&plan.namespaces)?;
-    let prepared = prepare_sources(plan)?;
-    let prepared_root = prepare_root(plan)?;
+    let prepared = prepared::sources(plan)?;
+    let prepared_root = prepared::root(plan)?;
     let listener = paths::listen(lock.directory().as_fd(), &guard.directory.start_socket())?;
     let (channel, theirs) = Channel::pair().doing(|| "socketpair".into())?;
     let mut init = Some((
@@ -311,71 +309,6 @@ pub(crate) fn check_descriptors(preserved: u32) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A detached copy of the root for a process that will be root in a user namespace only: the
-/// directories above it are closed to such a one.
-fn prepare_root(plan: &Plan) -> Result<Option<OwnedFd>> {
-    if !plan.namespaces.has(LinuxNamespaceType::User) {
-        return Ok(None);
-    }
-    let path = &plan.root.path;
-    let opened = crate::rootfs::open_source(path)?;
-    match crate::rootfs::copy_of(opened.as_fd(), true) {
-        Ok(tree) => Ok(Some(tree)),
-        // Without the right to mount here, or without the call, the process tries itself.
-        Err(rustix::io::Errno::PERM | rustix::io::Errno::NOSYS) => Ok(None),
-        Err(error) => Ok(Err(error).doing(|| format!("open_tree {}", path.display()))?),
-    }
-}
-
-/// Opens the sources of bind mounts that the process itself could not open or change: those
-/// with an id mapping, and all of them where it will be root in a user namespace only.
-fn prepare_sources(plan: &Plan) -> Result<Vec<Option<OwnedFd>>> {
-    let in_user_namespace = plan.namespaces.has(LinuxNamespaceType::User);
-    plan.mounts
-        .iter()
-        .map(|mount| {
-            let MountKind::Bind { source } = &mount.kind else { return Ok(None) };
-            if !in_user_namespace && mount.options.idmap.is_none() && mount.mappings.is_none() {
-                return Ok(None);
-            }
-            let what = |failure: Failure| Failure {
-                what: format!("prepare the mount source {}: {}", source.display(), failure.what),
-                ..failure
-            };
-            let opened = crate::rootfs::open_source(source).map_err(what)?;
-            let recursive = mount.options.bind.unwrap_or(true);
-            let mapped = mount.options.idmap.is_some() || mount.mappings.is_some();
-            let tree = match crate::rootfs::copy_of(opened.as_fd(), recursive) {
-                // A plain user, who can open inside whatever can be opened here.
-                Err(rustix::io::Errno::PERM) if !plan.privileged && !mapped => return Ok(None),
-                other => other.doing(|| "open_tree".into()).map_err(what)?,
-            };
-            if mapped {
-                let mappings = mapping_of(mount.mappings.as_ref(), &plan.namespaces)?;
-                let recursive = mount.options.idmap == Some(true);
-                map_tree(&tree, mappings, recursive).map_err(what)?;
-            }
-            Ok(Some(tree))
-        })
-        .collect()
-}
-
-fn mapping_of<'a>(own: Option<&'a Mappings>, namespaces: &'a Namespaces) -> Result<&'a Mappings> {
-    own.or(namespaces.mappings.as_ref()).ok_or_else(|| {
-        Error::Invalid(
-            "an id-mapped mount needs mappings of its own or a new user namespace".into(),
-        )
-    })
-}
-
-fn map_tree(tree: &OwnedFd, mappings: &Mappings, recursive: bool) -> Result<(), Failure> {
-    let namespace = launch::user_namespace(mappings)?;
-    let request =
-        pinion_sys::mount::MountAttributes { idmap: Some(namespace.as_fd()), ..Default::default() };
-    pinion_sys::mount::set_attributes(tree.as_fd(), c"", recursive, &request)
-        .doing(|| "map ids (MOUNT_ATTR_IDMAP)".into())
 }
 
 fn clone_all(fds: &[OwnedFd]) -> Result<Vec<OwnedFd>> {

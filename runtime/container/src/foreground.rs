@@ -104,16 +104,16 @@ fn handle_signals(child: &Child, signals: &Signals, relay: Option<&Relay>) -> Re
     Ok(None)
 }
 
-/// Reaps `child` if it has ended, and every orphan this process inherited as a subreaper.
+/// Reaps whoever has ended: `child`, whose end is the answer, and every orphan this process
+/// inherited as a subreaper. One call for both: the child may end between any two.
 fn reap(child: &Child) -> Result<Option<Exit>> {
-    let ended = poll_once(child.pidfd.as_fd()).doing(|| "poll".into())?;
-    if ended {
-        return Ok(Some(child.wait().doing(|| "wait".into())?));
-    }
+    let mut ended = None;
     loop {
-        match rustix::process::wait(WaitOptions::NOHANG) {
-            Ok(Some((pid, _))) if Some(pid) != Some(child.pid) => {}
-            Ok(_) | Err(_) => return Ok(None),
+        match rustix::io::retry_on_intr(|| rustix::process::wait(WaitOptions::NOHANG)) {
+            Ok(Some((pid, status))) if pid == child.pid => ended = Some(Exit::from(status)),
+            Ok(Some(_orphan)) => {}
+            Ok(None) | Err(rustix::io::Errno::CHILD) => return Ok(ended),
+            Err(error) => return Err(error).doing(|| "wait".into())?,
         }
     }
 }

@@ -35,6 +35,7 @@ pub mod net_devices;
 pub mod paths;
 pub mod personality;
 pub mod plan;
+mod prepared;
 pub mod process;
 pub mod protocol;
 pub mod rdt;

@@ -104,6 +104,14 @@ pub struct RootPlan {
     pub propagation: Option<(u64, bool)>,
 }
 
+impl RootPlan {
+    /// Whether what is mounted in the container is to appear on the host.
+    #[must_use]
+    pub fn reaches_host(&self) -> bool {
+        self.propagation.is_some_and(|(flag, _)| flag == libc::MS_SHARED)
+    }
+}
+
 /// The hooks by kind.
 #[derive(Clone, Debug, Default)]
 pub struct HookPlan {

@@ -79,6 +79,16 @@ impl Child {
     }
 }
 
+impl From<rustix::process::WaitStatus> for Exit {
+    fn from(status: rustix::process::WaitStatus) -> Self {
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Self::Code(code),
+            (None, Some(signal)) => Self::Signal(signal),
+            (None, None) => Self::Code(255),
+        }
+    }
+}
+
 fn exit_of(status: &WaitIdStatus) -> Exit {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => Exit::Code(code),

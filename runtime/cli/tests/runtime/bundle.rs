@@ -53,6 +53,15 @@ pub(crate) fn has_program(name: &str) -> bool {
     has
 }
 
+/// True when a program is installed, and it is not busybox, which knows half its options.
+pub(crate) fn has_full_program(name: &str) -> bool {
+    let full = has_program(name) && output(Command::new(name).arg("-V")).status.success();
+    if !full {
+        println!("not possible here: {name} is only busybox's");
+    }
+    full
+}
+
 /// True when the host's cgroups have this controller; otherwise says why the test is moot.
 pub(crate) fn has_controller(name: &str) -> bool {
     let v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
@@ -151,6 +160,22 @@ impl Bundle {
     pub(crate) fn run(&self) -> Outcome {
         self.write_config();
         self.verb(&["run", &self.id])
+    }
+
+    /// Runs it where all mounts are shared, as on a machine with systemd, and `before` and
+    /// `after` with it.
+    #[track_caller]
+    pub(crate) fn run_on_shared_mounts(&self, before: &str, after: &str) -> Outcome {
+        self.write_config();
+        let run = self.command(&["run", &self.id]);
+        let words: Vec<_> = std::iter::once(run.get_program())
+            .chain(run.get_args())
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
+        let script = format!("{before}\n{}\nstatus=$?\n{after}\nexit $status", words.join(" "));
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "shared", "sh", "-c", &script]);
+        finish(command.current_dir(self.path()), self.path())
     }
 
     #[track_caller]

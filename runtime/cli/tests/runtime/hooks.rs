@@ -121,7 +121,7 @@ fn a_failing_start_container_hook_fails_the_start() {
 fn hooks_inherit_nothing_of_the_callers_environment() {
     let mut bundle = Bundle::new("true");
     let file = bundle.path().join("env-seen");
-    let script = format!("/usr/bin/env > {}", file.display());
+    let script = format!("export -p > {}", file.display());
     bundle.config["hooks"] = json!({ "createRuntime": [
         { "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["ONLY=this"] } ] });
     bundle.write_config();
@@ -129,6 +129,6 @@ fn hooks_inherit_nothing_of_the_callers_environment() {
     command.env("LD_PRELOAD", "/evil.so").env("SECRET", "x");
     assert!(command.stderr(std::process::Stdio::null()).status().unwrap().success());
     let seen = std::fs::read_to_string(&file).unwrap();
-    assert!(seen.contains("ONLY=this") && !seen.contains("SECRET"), "{seen}");
+    assert!(seen.contains("ONLY=") && !seen.contains("SECRET"), "{seen}");
     assert!(!seen.contains("LD_PRELOAD"), "{seen}");
 }

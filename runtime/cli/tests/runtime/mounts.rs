@@ -197,7 +197,7 @@ fn the_root_has_the_propagation_that_is_asked_for() {
     {
         let mut bundle = Bundle::new("grep ' / / \\|/rootfs / ' /proc/self/mountinfo");
         bundle.config["linux"]["rootfsPropagation"] = json!(asked);
-        let text = bundle.run().ok();
+        let text = bundle.run_on_shared_mounts("", "").ok();
         let fields = text.lines().last().unwrap().split(" - ").next().unwrap().to_owned();
         match word {
             Some(word) => assert!(fields.contains(word), "{asked}: {text}"),

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Outcome, has_program, is_runc_since};
+use crate::bundle::{Bundle, Outcome, has_full_program, has_program, is_runc_since};
 
 /// A pair of virtual devices, one of them with everything a device can keep.
 const HOST: &str = "set -e
@@ -15,7 +15,7 @@ const HOST: &str = "set -e
     ip -6 addr add 2001:db8::7/64 dev v0 nodad 2>/dev/null || true";
 
 fn can() -> bool {
-    is_runc_since(4) && has_program("ip") && has_program("unshare")
+    is_runc_since(4) && has_full_program("ip") && has_program("unshare")
 }
 
 /// Runs `before`, the container and `after` in a new network namespace.

@@ -6,14 +6,14 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::bundle::{Bundle, Outcome, finish, has_program};
+use crate::bundle::{Bundle, Outcome, finish, has_full_program};
 
 /// Nobody's id on the host.
 const USER: u32 = 54_321;
 
 /// A bundle that a plain user owns, with that one user mapped to root.
 fn bundle(script: &str) -> Option<Bundle> {
-    if !has_program("setpriv") {
+    if !has_full_program("setpriv") {
         return None;
     }
     let mut bundle = Bundle::new(script);

@@ -47,6 +47,22 @@ fn root_inside_is_somebody_else_outside() {
 }
 
 #[test]
+fn what_is_mounted_below_a_tree_of_the_host_stays_inside() {
+    let mut bundle = in_user_namespace("ls /tree/sub; grep -c ' /tree/sub ' /proc/self/mountinfo");
+    let tree = bundle.path().join("tree");
+    std::fs::create_dir_all(tree.join("sub")).unwrap();
+    std::fs::write(tree.join("sub/of-the-host"), "").unwrap();
+    bundle.mount("/tree", "bind", tree.to_str().unwrap(), &["rbind"]);
+    bundle.mount("/tree/sub", "tmpfs", "tmpfs", &["size=1m"]);
+    let look = format!("ls {}; wc -l </proc/self/mountinfo", tree.join("sub").display());
+    let text = bundle.run_on_shared_mounts(&look, &look).ok();
+    let lines: Vec<&str> = text.lines().collect();
+    let [before, mounts, inside, after, mounts_after] = lines[..] else { panic!("{text}") };
+    assert_eq!((before, inside, after), ("of-the-host", "1", "of-the-host"));
+    assert_eq!(mounts, mounts_after, "the host's mounts changed");
+}
+
+#[test]
 fn a_user_inside_is_mapped_and_the_oom_score_set() {
     let mut bundle = in_user_namespace("id -u; id -g; cat /proc/self/oom_score_adj");
     bundle.config["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });

@@ -74,17 +74,19 @@ impl<'a> Rootfs<'a> {
             None | Some((libc::MS_UNBINDABLE, _)) => (libc::MS_SLAVE, true),
             Some(asked) => asked,
         };
+        // Only a change of the whole tree takes the rootfs' parent out of its peer group.
+        let shared = propagation == libc::MS_SHARED || !recursive;
         let host_root = open_path(Path::new("/"))?;
         attach::set_propagation(host_root.as_fd(), &[(propagation, recursive)])?;
         let root = match prepared {
-            Some(tree) => place_root(tree, &plan.path, propagation)?,
-            None => Self::bind_root(plan, propagation)?,
+            Some(tree) => place_root(tree, &plan.path, shared)?,
+            None => Self::bind_root(plan, shared)?,
         };
         attach::set_propagation(root.as_fd(), &[(libc::MS_PRIVATE, false)])?;
         Ok(Self { root: Root::new(root), cgroups, proc: None, devpts: None })
     }
 
-    fn bind_root(plan: &RootPlan, propagation: u64) -> Result<OwnedFd, Failure> {
+    fn bind_root(plan: &RootPlan, shared: bool) -> Result<OwnedFd, Failure> {
         let missing = || format!("open the rootfs {}", plan.path.display());
         let target = rustix::fs::open(
             &plan.path,
@@ -93,7 +95,9 @@ impl<'a> Rootfs<'a> {
         )
         .doing(missing)?;
         // pivot_root refuses a root whose parent mount is shared.
-        make_parent_private(&plan.path, propagation)?;
+        if shared {
+            make_parent_private(&plan.path)?;
+        }
         bind(target.as_fd(), target.as_fd(), true, &MountOptions::default())
             .map_err(|f| Failure { what: format!("bind the rootfs: {}", f.what), ..f })
     }
@@ -267,7 +271,7 @@ fn bind_host_sysfs(target: BorrowedFd<'_>, options: &MountOptions) -> Result<(),
 
 /// Mounts the root at its path, or at the nearest directory above it that this process may
 /// name: pivot_root(2) asks for a mount, and where it was does not matter afterwards.
-fn place_root(tree: OwnedFd, path: &Path, propagation: u64) -> Result<OwnedFd, Failure> {
+fn place_root(tree: OwnedFd, path: &Path, shared: bool) -> Result<OwnedFd, Failure> {
     use rustix::fs::OFlags;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     for directory in path.ancestors() {
@@ -275,7 +279,9 @@ fn place_root(tree: OwnedFd, path: &Path, propagation: u64) -> Result<OwnedFd, F
             Err(rustix::io::Errno::ACCESS) => continue,
             other => other.doing(|| format!("open {}", directory.display()))?,
         };
-        make_parent_private(directory, propagation)?;
+        if shared {
+            make_parent_private(directory)?;
+        }
         attach::place(tree.as_fd(), target.as_fd())
             .doing(|| format!("mount the rootfs at {}", directory.display()))?;
         return Ok(tree);
@@ -284,11 +290,7 @@ fn place_root(tree: OwnedFd, path: &Path, propagation: u64) -> Result<OwnedFd, F
 }
 
 /// The mount that contains `path` gets out of every peer group.
-fn make_parent_private(path: &Path, propagation: u64) -> Result<(), Failure> {
-    if propagation != libc::MS_SHARED {
-        // A slave or private mount is accepted by pivot_root as it is.
-        return Ok(());
-    }
+fn make_parent_private(path: &Path) -> Result<(), Failure> {
     let private = MountAttributes { propagation: libc::MS_PRIVATE, ..Default::default() };
     let mut directory: PathBuf =
         path.canonicalize().doing(|| format!("resolve {}", path.display()))?;
