@@ -78,11 +78,29 @@ pub(crate) fn whole_core(topology: &Topology, node: u32, skip: usize) -> Result<
     }
 }
 
+/// Whether systemd owns this machine's cgroups: sd_booted(3).
+pub(crate) fn is_systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// Where kubelet has the pods of a class, `""` for the guaranteed ones, under either driver.
+pub(crate) fn kubelet_group(class: &str) -> PathBuf {
+    let root = Path::new("/sys/fs/cgroup");
+    match (is_systemd(), class) {
+        (true, "") => root.join("kubepods.slice"),
+        (true, class) => root.join("kubepods.slice").join(format!("kubepods-{class}.slice")),
+        (false, class) => root.join("kubepods").join(class),
+    }
+}
+
 /// A pod in kubelet's tree of cgroups, which is made as kubelet makes it.
 pub(crate) fn kubelet_pod(site: &Site, name: &str, class: &str) -> Result<Pod> {
     let mut pod = site.pod(name)?;
     let root = Path::new("/sys/fs/cgroup");
-    if root.join("cgroup.subtree_control").exists() {
+    if is_systemd() {
+        let class = if class.is_empty() { String::new() } else { format!("-{class}") };
+        pod.cgroup_parent = format!("kubepods{class}-pod{}.slice", name.replace('-', "_"));
+    } else if root.join("cgroup.subtree_control").exists() {
         let parent = Path::new("kubepods").join(class).join(format!("pod-{name}"));
         make_cgroups(root, &parent)?;
         pod.cgroup_parent = format!("/{}", parent.display());
@@ -111,7 +129,10 @@ fn make_cgroups(root: &Path, relative: &Path) -> Result<()> {
 /// Removes the pod cgroups that [`kubelet_pod`] made, as kubelet does when a pod is gone.
 pub(crate) fn remove_kubelet_cgroups() {
     let mut dirs = Vec::new();
-    collect_dirs(Path::new("/sys/fs/cgroup/kubepods"), &mut dirs);
+    if is_systemd() {
+        let _ = std::process::Command::new("systemctl").args(["stop", "kubepods.slice"]).status();
+    }
+    collect_dirs(&kubelet_group(""), &mut dirs);
     for dir in dirs.iter().rev() {
         let _ = fs::remove_dir(dir);
     }

@@ -188,10 +188,11 @@ fn spawn(kind: Kind, config: &Path, log: &Path) -> Result<Child> {
 
 fn piniond_config(scratch: &Scratch, cni: &Path) -> (PathBuf, String) {
     let socket = scratch.path("run/piniond.sock");
+    let driver = if crate::pinned::is_systemd() { "systemd" } else { "cgroupfs" };
     let path = |name: &str| scratch.path(name).display().to_string();
     let text = format!(
         "[server]\nroot = {:?}\nrun_dir = {:?}\n\n[log]\nlevel = \"info\"\n\n\
-         [runtime]\ncgroup_driver = \"cgroupfs\"\n\n[image]\nregistry_configs = [{:?}]\n\n\
+         [runtime]\ncgroup_driver = {driver:?}\n\n[image]\nregistry_configs = [{:?}]\n\n\
          [network]\nconf_dir = {:?}\nbin_dirs = [{:?}]\ncache_dir = {:?}\n\n\
          [nri]\nsocket = {:?}\nplugin_dir = {:?}\nrequest_timeout_ms = 10000\n",
         path("root"),

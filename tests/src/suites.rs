@@ -11,7 +11,8 @@ use crate::error::{During, Result, ensure};
 type Suite = (&'static str, &'static [&'static str]);
 
 /// What runs inside the virtual node.
-const IN_NODE: [Suite; 5] = [
+const IN_NODE: [Suite; 6] = [
+    ("the crates' own tests", &["crates"]),
     ("isolation", &["isolation"]),
     ("kubelet", &["kubelet"]),
     ("crash", &["crash", "host"]),

@@ -13,7 +13,7 @@ use super::{ask, check_kernel, holder_pid, start_pinned};
 use crate::cri::Cri;
 use crate::error::{During, Error, Result, ensure};
 use crate::evidence;
-use crate::pinned::Ask;
+use crate::pinned::{self, Ask};
 use crate::site::Site;
 
 /// The promise is 100 ms on hardware. An emulated machine runs some tens of times slower.
@@ -94,7 +94,7 @@ pub(super) fn ancestor(site: &mut Site) -> Result<()> {
     let id = start_pinned(site, &cri, "below", &ask)?;
     let group = group()?;
     let pod = group.parent().ok_or_else(|| Error::check("no parent"))?.to_owned();
-    let top = Path::new("/sys/fs/cgroup/kubepods");
+    let top = &pinned::kubelet_group("");
     let list = "cpuset.cpus.exclusive";
     for (what, dir) in [("the pod's list rewritten", pod.as_path()), ("the top's list", top)] {
         broken(what, &group, &ask.cpus, || write(&dir.join(list), "2-3"))?;

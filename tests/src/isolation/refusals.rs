@@ -2,7 +2,7 @@
 //! and not one start.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use pinion_cri_proto::v1::HugepageLimit;
@@ -13,7 +13,7 @@ use crate::cri::{Container, Cri, Pod};
 use crate::error::{During, Error, Result, ensure};
 use crate::evidence;
 use crate::image::catalogue;
-use crate::pinned::Ask;
+use crate::pinned::{self, Ask};
 use crate::site::Site;
 
 /// A case: its name, the term and the reason the refusal must carry, and how it comes about.
@@ -24,7 +24,7 @@ struct Broken {
     ask: Ask,
     annotations: &'static [(&'static str, &'static str)],
     /// Files of the node that are changed for the case: path and value.
-    files: &'static [(&'static str, &'static str)],
+    files: Vec<(PathBuf, &'static str)>,
 }
 
 const NODE0: &str = "/sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages";
@@ -37,7 +37,7 @@ fn cases() -> Result<Vec<Broken>> {
         reason,
         ask: ask.clone(),
         annotations: &[EXCLUSIVE],
-        files: &[],
+        files: Vec::new(),
     };
     let on = |cpus: &str, mems: &str, hugepages| Ask {
         cpus: cpus.to_owned(),
@@ -45,25 +45,28 @@ fn cases() -> Result<Vec<Broken>> {
         hugepages,
     };
     let with = |case: Broken, annotations| Broken { annotations, ..case };
-    let after = |case: Broken, files| Broken { files, ..case };
+    let after = |case: Broken, path: PathBuf, value| Broken { files: vec![(path, value)], ..case };
     Ok(vec![
         broken("half a core", "whole-cores", "not-whole-cores", &on("4", "1", 0)),
         broken("CPUs of another container", "exclusive-cpus", "cpus-held", &on("6-7", "1", 0)),
         broken("every CPU there is", "exclusive-cpus", "no-cpus-left", &on("0-5", "0-1", 0)),
         after(
             broken("a CPU that is offline", "exclusive-cpus", "cpus-offline", &on("2-3", "0", 0)),
-            &[("/sys/devices/system/cpu/cpu3/online", "0")],
+            "/sys/devices/system/cpu/cpu3/online".into(),
+            "0",
         ),
         broken("no CPU list at all", "exclusive-cpus", "no-cpus", &on("", "1", 0)),
         after(
             broken("a quota far above", "no-throttling", "quota", &whole),
-            &[("/sys/fs/cgroup/kubepods/cpu.max", "700000 100000")],
+            pinned::kubelet_group("").join("cpu.max"),
+            "700000 100000",
         ),
         broken("memory of both nodes", "memory-locality", "memory-not-local", &on("4-5", "0-1", 0)),
         broken("more pages than there are", "hugepages", "pool-exhausted", &on("4-5", "1", 1000)),
         after(
             broken("a pool that was emptied", "hugepages", "pool-exhausted", &on("2-3", "0", 8)),
-            &[(NODE0, "0")],
+            NODE0.into(),
+            "0",
         ),
         with(
             broken(
@@ -90,15 +93,15 @@ fn cases() -> Result<Vec<Broken>> {
 }
 
 /// Files of the node that say what they said before when this value ends.
-struct Changed(Vec<(&'static str, String)>);
+struct Changed(Vec<(PathBuf, String)>);
 
 impl Changed {
-    fn make(files: &[(&'static str, &'static str)]) -> Result<Self> {
+    fn make(files: &[(PathBuf, &'static str)]) -> Result<Self> {
         let mut changed = Self(Vec::new());
         for (path, value) in files {
-            let old = evidence::line(Path::new(path))?;
-            fs::write(path, value).during(|| format!("write {value:?} to {path}"))?;
-            changed.0.push((path, old));
+            let old = evidence::line(path)?;
+            fs::write(path, value).during(|| format!("write {value:?} to {}", path.display()))?;
+            changed.0.push((path.clone(), old));
         }
         Ok(changed)
     }
@@ -108,7 +111,7 @@ impl Drop for Changed {
     fn drop(&mut self) {
         for (path, old) in self.0.iter().rev() {
             if let Err(error) = fs::write(path, old) {
-                eprintln!("{path} is not {old:?} again: {error}");
+                eprintln!("{} is not {old:?} again: {error}", path.display());
             }
         }
     }
@@ -123,7 +126,7 @@ pub(super) fn all(site: &mut Site) -> Result<()> {
     let running = cri.containers()?.len();
     let mut refused = 0;
     for case in cases()? {
-        let changed = Changed::make(case.files)?;
+        let changed = Changed::make(&case.files)?;
         let message = attempt(site, &cri, &case);
         drop(changed);
         let message = message?;
@@ -162,9 +165,12 @@ fn container(ask: &Ask) -> Result<Container> {
 /// A pod's group with a process in it cannot hand controllers down.
 fn missing_controller(site: &Site, cri: &Cri) -> Result<()> {
     let mut pod = strict_pod(site, "uncontrolled")?;
-    let parent = Path::new("/sys/fs/cgroup/kubepods/uncontrolled");
+    let parent = &pinned::kubelet_group("uncontrolled");
     fs::create_dir_all(parent).during(|| format!("create {}", parent.display()))?;
-    pod.cgroup_parent = "/kubepods/uncontrolled".into();
+    pod.cgroup_parent = match pinned::is_systemd() {
+        true => "kubepods-uncontrolled.slice".into(),
+        false => "/kubepods/uncontrolled".into(),
+    };
     pod.annotations = vec![EXCLUSIVE];
     let squatter = Squatter::in_group(parent)?;
     let outcome = uncontrolled(cri, &pod);

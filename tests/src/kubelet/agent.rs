@@ -15,6 +15,7 @@ use super::http;
 use crate::assets::Assets;
 use crate::command;
 use crate::error::{During, Error, Result};
+use crate::pinned;
 use crate::server::Scratch;
 use crate::tools;
 
@@ -210,7 +211,7 @@ fn configuration(endpoint: &str, manifests: &Path, logs: &Path) -> Value {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "containerRuntimeEndpoint": endpoint,
-        "cgroupDriver": "systemd",
+        "cgroupDriver": if pinned::is_systemd() { "cgroupfs" } else { "systemd" },
         "staticPodPath": manifests,
         "podLogsDir": logs,
         "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },

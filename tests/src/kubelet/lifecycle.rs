@@ -13,12 +13,12 @@ use super::manifest::{self, LINES};
 use super::placement;
 use super::stage::{self, PATIENCE, Stage};
 use crate::error::{During, Error, Result, ensure};
-use crate::{evidence, leaks};
+use crate::{evidence, leaks, pinned};
 
 /// kubelet asks the server for its cgroup driver and believes it.
 pub(super) fn cgroup_driver(stage: &mut Stage) -> Result<()> {
     for class in ["", "burstable", "besteffort"] {
-        let dir = Path::new("/sys/fs/cgroup/kubepods").join(class);
+        let dir = pinned::kubelet_group(class);
         ensure(dir.is_dir(), || format!("kubelet did not make {}", dir.display()))?;
     }
     let log = stage.kubelet.log();

@@ -13,7 +13,7 @@ use super::agent::{RECONCILE, RESERVED_CPUS};
 use super::manifest::{self, IN_FILE, MAPPED};
 use super::stage::{self, Stage};
 use crate::error::{During, Error, Result, ensure};
-use crate::{evidence, leaks};
+use crate::{evidence, leaks, pinned};
 
 /// A container's process that has CPUs of its own, as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(super) fn exclusive(command: &str) -> Result<Exclusive> {
         .ok_or_else(|| Error::check(format!("no process runs `{command}`")))?;
     let cpus = evidence::allowed_cpus(pid)?;
     let cgroup = evidence::cgroup_of(pid)?;
-    ensure(cgroup.starts_with("/sys/fs/cgroup/kubepods"), || {
+    ensure(cgroup.starts_with(pinned::kubelet_group("")), || {
         format!("it is in {}, not in kubelet's tree", cgroup.display())
     })?;
     let line = |file: &str| evidence::line(&cgroup.join(file));

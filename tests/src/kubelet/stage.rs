@@ -1,6 +1,6 @@
 //! What every case works with: server, kubelet, and what kubelet says of its pods.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use crate::command;
 use crate::cri::Cri;
 use crate::error::{During, Error, Result};
 use crate::leaks::Snapshot;
+use crate::pinned;
 use crate::server::Kind;
 use crate::site::Site;
 
@@ -43,7 +44,7 @@ impl Stage {
         }
         let kubelet = Kubelet::start(assets, &site.scratch, &site.server.endpoint())?;
         // kubelet answers before it has made its groups
-        let last = Path::new("/sys/fs/cgroup/kubepods/besteffort");
+        let last = pinned::kubelet_group("besteffort");
         let deadline = Instant::now() + PATIENCE;
         while !last.is_dir() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(100));
