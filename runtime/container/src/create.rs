@@ -113,7 +113,12 @@ fn bring_up(
         },
         theirs,
     ));
-    let birth = Birth { namespaces: &plan.namespaces, opened: &opened, cgroup: &cgroup };
+    let birth = Birth {
+        namespaces: &plan.namespaces,
+        opened: &opened,
+        cgroup: &cgroup,
+        oom_score: plan.process.oom_score_adj,
+    };
     let child = birth.give(|join| match init.take() {
         Some((init, channel)) => run_init(Init { join, ..init }, channel),
         None => 1,

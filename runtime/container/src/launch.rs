@@ -19,7 +19,7 @@ use pinion_sys::clone::{Child, Clone, setns, spawn, unshare};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 
-use crate::child::{Join, Step};
+use crate::child::{Join, Step, set_own_oom_score};
 use crate::error::{Doing, Error, Failure, Result};
 use crate::midwife;
 use crate::namespaces::{Mappings, Namespaces};
@@ -46,6 +46,8 @@ pub struct Birth<'a> {
     pub opened: &'a Opened,
     /// Its cgroup.
     pub cgroup: &'a Cgroup,
+    /// What a process that joins a user namespace may no longer give itself.
+    pub oom_score: Option<i32>,
 }
 
 impl Opened {
@@ -159,6 +161,7 @@ impl Birth<'_> {
     ) -> Result<Child> {
         let enter = |_: BorrowedFd<'_>| {
             join.carry_out(self.cgroup)
+                .and_then(|()| self.oom_score.map_or(Ok(()), set_own_oom_score))
                 .and_then(|()| self.opened.pid.as_ref().map_or(Ok(()), join_pids))
                 .and_then(|()| setns(user.as_fd(), 0).doing(|| "join the user namespace".into()))
                 .map_err(|failure| Report::new(Step::Enter, &failure))

@@ -150,7 +150,10 @@ fn enter(init: &Init<'_>, channel: &Channel) -> Result<(), Failure> {
     let plan = init.plan;
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .doing(|| "PR_SET_PDEATHSIG".into())?;
-    if let (Some(score), None) = (plan.process.oom_score_adj, &plan.namespaces.mappings) {
+    // Whoever is in a user namespace may not lower it: there the runtime or a midwife has.
+    if let Some(score) = plan.process.oom_score_adj
+        && !plan.namespaces.has(LinuxNamespaceType::User)
+    {
         set_own_oom_score(score)?;
     }
     init.join.carry_out(init.cgroup)?;
@@ -212,7 +215,7 @@ pub(super) fn become_root_inside() -> Result<(), Failure> {
 }
 
 /// For the calling process, through the host's procfs.
-pub(super) fn set_own_oom_score(score: i32) -> Result<(), Failure> {
+pub(crate) fn set_own_oom_score(score: i32) -> Result<(), Failure> {
     std::fs::write("/proc/self/oom_score_adj", score.to_string())
         .doing(|| format!("write {score} to /proc/self/oom_score_adj"))
 }

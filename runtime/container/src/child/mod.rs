@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
 
+pub(crate) use init::set_own_oom_score;
 pub use init::{Init, Join, run as run_init};
 pub use tenant::Tenant;
 
