@@ -75,7 +75,9 @@ impl Network {
     ) -> Result<Attachment, NetworkError> {
         let records = &self.shared.records;
         records.write_volatile(id, record)?;
-        let value = attach(plan, id, record, &[]).add().map_err(|failed| failed.of("ADD"))?;
+        let value = attach(plan, id, record, &[])
+            .add(&self.shared.rules)
+            .map_err(|failed| failed.of("ADD"))?;
         let result = PluginResult::parse(&value).map_err(|reason| NetworkError::BadOutput {
             plugin: "built-in".to_owned(),
             command: "ADD",
@@ -93,9 +95,10 @@ impl Network {
         plan: Plan,
         record: &Record,
     ) -> Vec<NetworkError> {
-        let (reaper, id, record) = (self.shared.reaper.clone(), id.to_owned(), record.clone());
-        let failures =
-            blocking("DEL", move || attach(&plan, &id, &record, &known(&record)).del(&reaper));
+        let (shared, id, record) = (self.shared.clone(), id.to_owned(), record.clone());
+        let failures = blocking("DEL", move || {
+            attach(&plan, &id, &record, &known(&record)).del(&shared.reaper, &shared.rules)
+        });
         match failures.await {
             Ok(failures) => failures.into_iter().map(|failed| failed.of("DEL")).collect(),
             Err(error) => vec![error],

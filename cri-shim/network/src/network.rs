@@ -12,6 +12,7 @@ use crate::guard::{ForeignChanges, Guard, Run, Watch};
 use crate::namespaces;
 use crate::native::config::Plan;
 use crate::native::reaper::Reaper;
+use crate::netlink::KeptSocket;
 use crate::pod::{Attachment, PodNetwork};
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
@@ -53,6 +54,7 @@ pub(crate) struct Shared {
     pub(crate) loopback_only: bool,
     pub(crate) choice: Choice,
     pub(crate) reaper: Reaper,
+    pub(crate) rules: KeptSocket,
     pub(crate) guard: Arc<Guard>,
     pod_cidrs: RwLock<Vec<String>>,
     /// Versions each binary said it speaks, asked once per change of the file.
@@ -70,6 +72,7 @@ impl Network {
             loopback_only: true,
             choice: Choice::new(config.native),
             reaper: Reaper::default(),
+            rules: KeptSocket::default(),
             guard: Arc::new(Guard::new(config.guard)),
             pod_cidrs: RwLock::default(),
             spoken: Mutex::default(),
@@ -87,6 +90,7 @@ impl Network {
             loopback_only: shared.loopback_only,
             choice: Choice::new(shared.choice.allowed),
             reaper: shared.reaper.clone(),
+            rules: shared.rules.clone(),
             guard: shared.guard.clone(),
             pod_cidrs: RwLock::new(self.pod_cidrs()),
             spoken: Mutex::default(),

@@ -25,8 +25,8 @@ mod sysctl;
 
 use crate::cni::{Dns, Interface, IpNet, PluginResult, Route, Version};
 use crate::namespaces;
-use crate::netlink::Socket;
 use crate::netlink::route::{self, VethPair};
+use crate::netlink::{KeptSocket, Socket};
 use crate::pod::PortMapping;
 use config::{HostLocal, Link, Plan, Portmap};
 use host_local::Leases;
@@ -110,7 +110,7 @@ impl Attach<'_> {
     ///
     /// # Errors
     /// The step that failed. What was done stays and is taken back by [`Attach::del`].
-    pub(crate) fn add(&self) -> Result<Value, Failed> {
+    pub(crate) fn add(&self, rules: &KeptSocket) -> Result<Value, Failed> {
         let plan = self.plan;
         let netns = namespaces::open(self.netns)
             .step(|| format!("open network namespace {}", self.netns.display()))?;
@@ -157,7 +157,7 @@ impl Attach<'_> {
         // The pod's side needs a thread of its own anyway; the node's goes on meanwhile.
         let (inside, outside) = std::thread::scope(|scope| {
             let inside = scope.spawn(|| link::configure_pod(&netns, pod));
-            let outside = self.node_side(&mut host, bridge.as_ref(), &end, &addresses);
+            let outside = self.node_side((&mut host, rules), bridge.as_ref(), &end, &addresses);
             let inside = inside.join().unwrap_or_else(|_panic| {
                 Err(io::Error::other("the thread ended unexpectedly"))
                     .step(|| "configure the pod's end".to_owned())
@@ -185,7 +185,7 @@ impl Attach<'_> {
     /// Gateway, forwarding and nat rules.
     fn node_side(
         &self,
-        host: &mut Socket,
+        (host, rules): (&mut Socket, &KeptSocket),
         bridge: Option<&(&config::Bridge, route::Link)>,
         end: &route::Link,
         addresses: &[Address],
@@ -218,7 +218,6 @@ impl Attach<'_> {
         if !self.plan.masquerade && mappings.is_none() {
             return Ok(());
         }
-        let mut socket = Socket::netfilter().step(|| "open nfnetlink".to_owned())?;
         for v4 in [true, false] {
             let nets: Vec<IpNet> = families(v4).map(|address| address.net).collect();
             let Some(first) = nets.first() else { continue };
@@ -226,10 +225,12 @@ impl Attach<'_> {
             let ports =
                 mappings.as_ref().map(|(portmap, maps)| (*portmap, *first, maps.as_slice()));
             let wanted = firewall::Wanted { masquerade, ports };
-            firewall::set(&mut socket, v4, self.rule_owner(), wanted)
+            rules
+                .run(|socket| firewall::set(socket, v4, self.rule_owner(), wanted))
                 .step(|| format!("write nat rules for {first}"))?;
             if let Some((portmap, mappings)) = &mappings {
-                firewall::forget_flows(&mut socket, v4, mappings)
+                rules
+                    .run(|socket| firewall::forget_flows(socket, v4, mappings))
                     .step(|| "forget old UDP flows".to_owned())?;
                 if v4 && portmap.snat {
                     route_localhost(host, first.ip)?;
@@ -240,7 +241,7 @@ impl Attach<'_> {
     }
 
     /// Detaches the pod. Every step is tried; what failed is listed. Blocks.
-    pub(crate) fn del(&self, reaper: &Reaper) -> Vec<Failed> {
+    pub(crate) fn del(&self, reaper: &Reaper, rules: &KeptSocket) -> Vec<Failed> {
         let mut failures = Vec::new();
         let mut end = 0;
         if !self.netns.as_os_str().is_empty() {
@@ -254,9 +255,9 @@ impl Attach<'_> {
         }
         failures.extend(self.delete_pair(reaper, end).err());
         if self.plan.masquerade || self.plan.portmap.is_some() {
-            let cleared = Socket::netfilter().and_then(|mut socket| {
-                let v4 = firewall::clear(&mut socket, true, self.rule_owner());
-                v4.and(firewall::clear(&mut socket, false, self.rule_owner()))
+            let cleared = rules.run(|socket| {
+                let v4 = firewall::clear(socket, true, self.rule_owner());
+                v4.and(firewall::clear(socket, false, self.rule_owner()))
             });
             failures.extend(cleared.step(|| "delete nat rules".to_owned()).err());
         }

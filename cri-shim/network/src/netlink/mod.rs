@@ -2,16 +2,19 @@
 //!
 //! A socket belongs to the network namespace of the thread that opens it and stays there, so
 //! one thread can work on the host and on a pod at a time. Nothing here keeps state between
-//! calls. Formats: netlink(7), rtnetlink(7), `linux/netlink.h`, `linux/netfilter/nfnetlink.h`.
+//! calls, but for [`KeptSocket`]. Formats: netlink(7), rtnetlink(7), `linux/netlink.h`,
+//! `linux/netfilter/nfnetlink.h`.
 //!
 //! The crates for this are async or cover only half of it (none writes nf_tables rules), and
 //! a start of a pod is a dozen messages.
 
 pub(crate) mod conntrack;
+mod kept;
 mod message;
 pub(crate) mod nftables;
 pub(crate) mod route;
 
+pub(crate) use kept::KeptSocket;
 pub(crate) use message::{Attributes, Message, number, number_be};
 
 use nix::sys::socket::{
