@@ -51,6 +51,6 @@ pub use record::{
     IMAGES, ImageRecord, ImageUser, LAYERS, LayerRecord, LayerRef, ROOTFS, RootfsRecord,
 };
 pub use reference::{Reference, ReferenceError};
-pub use rootfs::FsInfo;
+pub use rootfs::{Claim, FsInfo};
 pub use unpack::LayerError;
 pub use usage::Usage;

@@ -8,11 +8,14 @@ use std::{
     path::Path,
 };
 
+use pinion_store::Tx;
+
 use crate::{
     Digest, Error, IdMap, ImageRecord, Images, LayerRecord, RootfsRecord, Usage,
     error::Result,
     id_map,
     images::Inner,
+    inventory::Lease,
     overlay::{Stack, Writable, is_mount_point, mount_stack, unmount_all},
     record::{LAYERS, ROOTFS},
     snapshot::Snapshots,
@@ -80,7 +83,11 @@ impl Images {
         {
             return Ok(());
         }
-        inner.claim_layers(container_id, &image, target)?;
+        let claim = inner.claim(container_id, &image, target)?;
+        if inner.store.get(ROOTFS, container_id)?.as_ref() != Some(&claim.record) {
+            inner.store.write(|tx| claim.commit(tx))?;
+        }
+        drop(claim);
         let result = inner.mount_rootfs(container_id, &image, target, make, ids);
         if result.is_err() {
             // The mount's own failure is the one to report; the record lets a retry clean up.
@@ -89,8 +96,36 @@ impl Images {
         result
     }
 
+    /// Keeps an image's layers for a container whose root file system is to be made at
+    /// `target`. With the claim committed in a transaction of the caller's, before it makes
+    /// anything, [`Images::prepare_rootfs`] needs none of its own.
+    ///
+    /// # Errors
+    /// An id that is no name; an image that is not here.
+    pub fn claim_rootfs(&self, container_id: &str, image_id: &str, target: &Path) -> Result<Claim> {
+        check_id(container_id)?;
+        let image = self
+            .resolve(image_id)
+            .ok_or_else(|| Error::NoImage { reference: image_id.to_owned() })?;
+        self.inner.claim(container_id, &image, target)
+    }
+
+    /// Forgets that a container uses layers, in a transaction of the caller's: the end of
+    /// what [`Images::unmount_rootfs`] began.
+    pub fn forget_rootfs(tx: &Tx, container_id: &str) -> pinion_store::Result<()> {
+        tx.delete(ROOTFS, container_id).map(drop)
+    }
+
     /// Unmounts and deletes a container's root file system. Repeating it is fine.
     pub fn remove_rootfs(&self, container_id: &str, target: &Path) -> Result<()> {
+        self.unmount_rootfs(container_id, target)?;
+        self.inner.store.write(|tx| Self::forget_rootfs(tx, container_id))?;
+        self.inner.snapshots.trash.empty()
+    }
+
+    /// Unmounts a container's root file system and moves what it wrote to the trash; its
+    /// layers stay claimed until [`Images::forget_rootfs`]. Repeating it is fine.
+    pub fn unmount_rootfs(&self, container_id: &str, target: &Path) -> Result<()> {
         check_id(container_id)?;
         let inner = &self.inner;
         if let Ok(Some(known)) = inner.store.get(ROOTFS, container_id)
@@ -102,8 +137,13 @@ impl Images {
         let dir = inner.snapshots.container(container_id);
         inner.snapshots.trash.take_path(&dir)?;
         inner.usage.forget(&dir.join("upper"));
-        inner.store.write(|tx| tx.delete(ROOTFS, container_id))?;
-        inner.snapshots.trash.empty()
+        Ok(())
+    }
+
+    /// Deletes what was moved to the trash, which takes as long as there are files in it;
+    /// returns at once if another call is at it, which then deletes this as well.
+    pub fn empty_trash(&self) -> Result<()> {
+        self.inner.snapshots.trash.empty_once()
     }
 
     /// Where a container's changes to its root file system are. Their content is the
@@ -143,6 +183,21 @@ impl Images {
     }
 }
 
+/// Layers kept for a container: by a lease until this is dropped, and for good once committed.
+#[derive(Debug)]
+pub struct Claim {
+    container: String,
+    record: RootfsRecord,
+    _lease: Lease,
+}
+
+impl Claim {
+    /// Writes the claim. The lease must outlive the transaction: drop this after it.
+    pub fn commit(&self, tx: &Tx) -> pinion_store::Result<()> {
+        tx.put(ROOTFS, &self.container, &self.record)
+    }
+}
+
 /// What is made of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Make {
@@ -164,8 +219,8 @@ impl Inner {
         })
     }
 
-    /// Records the container as a user of the image's layers, so that they stay.
-    fn claim_layers(&self, container_id: &str, image: &ImageRecord, target: &Path) -> Result<()> {
+    /// The container as a user of the image's layers, so that they stay.
+    fn claim(&self, container_id: &str, image: &ImageRecord, target: &Path) -> Result<Claim> {
         let mut lease = self.inventory.lease();
         image.chain_ids().for_each(|chain_id| lease.cover(chain_id));
         for layer in &image.layers {
@@ -178,7 +233,7 @@ impl Inner {
             chain_ids: image.chain_ids().cloned().collect(),
             target: target.to_owned(),
         };
-        Ok(self.store.write(|tx| tx.put(ROOTFS, container_id, &record))?)
+        Ok(Claim { container: container_id.to_owned(), record, _lease: lease })
     }
 
     fn mount_rootfs(

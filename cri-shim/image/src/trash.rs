@@ -32,6 +32,15 @@ pub(crate) struct Trash {
     next: AtomicU64,
     /// One thread deletes at a time.
     emptying: Mutex<()>,
+    request: Mutex<Request>,
+}
+
+/// Whether somebody empties the trash for all who asked.
+#[derive(Debug, Default)]
+struct Request {
+    served: bool,
+    /// Something was taken while it was being emptied, perhaps too late to be seen.
+    again: bool,
 }
 
 impl Trash {
@@ -46,7 +55,13 @@ impl Trash {
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u64>().ok())
             .max()
             .map_or(0, |last| last + 1);
-        Ok(Self { path, dir, next: AtomicU64::new(next), emptying: Mutex::new(()) })
+        Ok(Self {
+            path,
+            dir,
+            next: AtomicU64::new(next),
+            emptying: Mutex::default(),
+            request: Mutex::default(),
+        })
     }
 
     /// Moves `name` out of `parent`; one that is not there is fine.
@@ -70,6 +85,29 @@ impl Trash {
         while self.remove_children(self.dir.as_fd(), 0).map_err(Error::file("empty", &self.path))? {
         }
         Ok(())
+    }
+
+    /// [`Trash::empty`], by whoever is at it already if somebody is: returns at once then, so
+    /// that a large tree holds up one thread and not all that come after it.
+    pub(crate) fn empty_once(&self) -> Result<()> {
+        let request = || self.request.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut request = request();
+            if request.served {
+                request.again = true;
+                return Ok(());
+            }
+            request.served = true;
+        }
+        loop {
+            let outcome = self.empty();
+            let mut request = request();
+            if !request.again || outcome.is_err() {
+                *request = Request::default();
+                return outcome;
+            }
+            request.again = false;
+        }
     }
 
     /// Deletes what is in `dir`; true if there was anything. Goes on after a failure and then
@@ -135,6 +173,26 @@ mod tests {
         trash.take_path(&dir.path().join("deeper")).unwrap();
         trash.take_path(&dir.path().join("missing")).unwrap();
         trash.empty().unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_many_throw_away_at_once_is_gone_when_the_last_returns() {
+        let dir = tempfile::tempdir().unwrap();
+        let trash = Trash::open(dir.path().join("trash")).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let (trash, dir) = (&trash, dir.path());
+                scope.spawn(move || {
+                    for n in 0..50 {
+                        let tree = dir.join(format!("{thread}-{n}"));
+                        fs::create_dir_all(tree.join("a/b")).unwrap();
+                        trash.take_path(&tree).unwrap();
+                        trash.empty_once().unwrap();
+                    }
+                });
+            }
+        });
         assert_eq!(fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
     }
 

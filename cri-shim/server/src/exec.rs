@@ -85,8 +85,9 @@ async fn run(
         ..Default::default()
     };
     let result = converse(&monitor, exec, timeout).await;
-    // It may never have been written, or the container be gone with it.
-    let _ = tokio::fs::remove_file(&process).await;
+    // It may never have been written, or the container be gone with it; the answer does not
+    // wait for it.
+    tokio::task::spawn_blocking(move || std::fs::remove_file(&process));
     let Finished { exited, stdout, stderr } = result?;
     if exited.timed_out {
         let message = format!("command {text:?} timed out: timeout {timeout:?} exceeded");

@@ -17,7 +17,7 @@ use crate::contract::devices::Inventory;
 use crate::contract::hugepages::Hugepages;
 use crate::contract::settings::Settings;
 use crate::contract::watch::Histories;
-use crate::error::{Context, Result};
+use crate::error::{Context as _, Result};
 use crate::events::Events;
 use crate::monitor;
 use crate::paths::Paths;
@@ -145,6 +145,17 @@ impl Node {
     ) -> Result<T> {
         let store = self.store.clone();
         blocking(move || store.write(work).context(|| "write to the store".to_string())).await
+    }
+
+    /// Has the trash of the image store emptied, when nobody waits for it.
+    pub(crate) fn empty_trash(&self) {
+        let images = self.images.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = images.empty_trash().context(|| "empty the trash".to_string()) {
+                // The next time, or the next start, tries again.
+                tracing::warn!(error = %error.chain(), "trash left");
+            }
+        });
     }
 
     /// Asks for a pod's name; see [`Admission`].

@@ -214,8 +214,12 @@ async fn recover_pod(
         }
     }
     let known: HashSet<&String> = containers.iter().map(|c| &c.id).collect();
-    let release =
-        Release { node: node.clone(), sandbox: sandbox.clone(), monitor: monitor.clone() };
+    let release = Release {
+        node: node.clone(),
+        sandbox: sandbox.clone(),
+        monitor: monitor.clone(),
+        forgets_layers: false,
+    };
     let mut left_over = Vec::new();
     for (intent, mut container) in creations {
         if !known.contains(&container.id) {
@@ -279,7 +283,12 @@ async fn store_pod(node: &Node, sandbox: &Sandbox, containers: &[Container]) {
 async fn undo_run(node: &Arc<Node>, intent: &str, mut sandbox: Sandbox, known: &HashSet<String>) {
     if !known.contains(&sandbox.id) {
         end_monitor(node, node.paths.pod(&sandbox.id).path()).await;
-        let release = Release { node: node.clone(), sandbox: sandbox.clone(), monitor: None };
+        let release = Release {
+            node: node.clone(),
+            sandbox: sandbox.clone(),
+            monitor: None,
+            forgets_layers: false,
+        };
         let (left, result) = release_all(&release, sandbox.holdings.clone(), |_| true).await;
         if let Err(error) = result {
             node.find(format!("pod {} not undone: {}", sandbox.id, error.chain()));
@@ -298,7 +307,7 @@ async fn undo_run(node: &Arc<Node>, intent: &str, mut sandbox: Sandbox, known: &
 /// Removes a container whose pod is gone.
 async fn forget_container(node: &Arc<Node>, container: Container, intent: Option<String>) {
     let sandbox = Sandbox { id: container.pod.clone(), ..Default::default() };
-    let release = Release { node: node.clone(), sandbox, monitor: None };
+    let release = Release { node: node.clone(), sandbox, monitor: None, forgets_layers: false };
     let id = container.id.clone();
     match release_all(&release, container.holdings, |_| true).await.1 {
         Ok(()) => node.find(format!("container {id} of a pod that is gone was removed")),
@@ -326,7 +335,8 @@ async fn remove_strangers(node: &Arc<Node>) {
     for id in names_in(&node.paths.pods()) {
         if snapshot.pod(&id).is_err() {
             let sandbox = Sandbox { id: id.clone(), ..Default::default() };
-            let release = Release { node: node.clone(), sandbox, monitor: None };
+            let release =
+                Release { node: node.clone(), sandbox, monitor: None, forgets_layers: false };
             let holdings =
                 vec![Holding::PodDirectory, Holding::Namespaces, Holding::Shm, Holding::Monitor];
             let (_, result) = release_all(&release, holdings, |_| true).await;

@@ -1,16 +1,19 @@
 //! Monitor processes: starting them, and ending one that no longer answers.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::process::Command;
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::services::blocking;
 
 /// A monitor that has not begun to listen by then never will.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -97,9 +100,12 @@ pub(crate) fn pid(directory: &Path) -> Option<i32> {
 
 /// Kills the pod's monitor if it still lives, and waits until it is gone.
 pub(crate) async fn end(directory: &Path) -> Result<()> {
-    if let Some(pid) = find(directory) {
-        kill(pid, directory)?;
+    if let Some(pid) = find(directory)
+        && let Some(pidfd) = kill(pid, directory)?
+    {
+        ended(pidfd).await;
     }
+    // One that is on its way out and cannot be found any more still holds its lock.
     let lock = pid_file(directory);
     let began = Instant::now();
     while is_locked(&lock) {
@@ -112,19 +118,31 @@ pub(crate) async fn end(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-fn kill(pid: Pid, directory: &Path) -> Result<()> {
+/// Waits until the process has ended, up to the limit.
+async fn ended(pidfd: OwnedFd) {
+    let limit = Timespec { tv_sec: END_LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
+    let wait = move || {
+        // A pidfd is readable once its process has ended. Whether it has is asked afterwards.
+        let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit));
+        Ok(())
+    };
+    let _ = blocking(wait).await;
+}
+
+/// Kills the process; its descriptor, if it was there.
+fn kill(pid: Pid, directory: &Path) -> Result<Option<OwnedFd>> {
     let what = || format!("kill monitor {}", pid.as_raw_nonzero());
     let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
-        Err(Errno::SRCH) => return Ok(()),
+        Err(Errno::SRCH) => return Ok(None),
         Err(e) => return Err(e).context(what),
     };
     // Between the look at its arguments and the pidfd the process may have been replaced.
     if find(directory) != Some(pid) {
-        return Ok(());
+        return Ok(None);
     }
     match pidfd_send_signal(&pidfd, Signal::KILL) {
-        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Ok(()) | Err(Errno::SRCH) => Ok(Some(pidfd)),
         Err(e) => Err(e).context(what),
     }
 }

@@ -199,6 +199,12 @@ impl Actor {
         }
     }
 
+    /// Whether the removal of a container was asked for and has not begun yet.
+    pub(super) fn removal_waits(&self, id: &str) -> bool {
+        let removes = |work: &Work| matches!(work, Work::Command(Command::Remove { container, .. }) if container == id);
+        self.schedule.waiting().any(removes)
+    }
+
     /// The operation of a command, on copies of the state as it is now.
     fn begin(&mut self, work: Work) -> BoxFuture<'static, Done> {
         let context = operations::Context {

@@ -2,6 +2,8 @@
 
 use pinion_cri_proto::v1::{self, ContainerEventType};
 
+use pinion_image::Images;
+
 use super::Reply;
 use super::actor::{Actor, Member, name};
 use super::operations::{Done, Failed};
@@ -46,6 +48,13 @@ impl Actor {
                 linux.overhead = overhead.map(|r| *r).or(linux.overhead.take());
                 linux.resources = resources.map(|r| *r).or(linux.resources.take());
                 answer(reply, self.commit_sandbox().await);
+            }
+            // What is about to be removed needs no record of what it holds still: what the
+            // store lists beyond that is given back once more after a crash.
+            Done::Settled { id, left, result: Ok(()) } if self.removal_waits(&id) => {
+                if let Some(member) = self.containers.get_mut(&id) {
+                    member.record.give_back(left);
+                }
             }
             Done::Settled { id, left, result } => {
                 let settled = self.released(&id, left, false).await;
@@ -111,7 +120,12 @@ impl Actor {
             return self.change(id, |c| c.give_back(left)).await;
         }
         let key = id.to_string();
-        self.node.write(move |tx| tx.delete(CONTAINERS, &key).map(drop)).await?;
+        let forgotten = self.node.write(move |tx| {
+            tx.delete(CONTAINERS, &key)?;
+            Images::forget_rootfs(tx, &key)
+        });
+        forgotten.await?;
+        self.node.empty_trash();
         if let Some(member) = self.containers.remove(id) {
             self.names.release(&name(&member.record.config), id);
             self.node.samples.forget(id);

@@ -203,7 +203,12 @@ async fn attempt(node: &Arc<Node>, sandbox: &Sandbox) -> Result<(Sandbox, Client
 async fn undo(node: &Arc<Node>, sandbox: &Sandbox, intent: &str) {
     // For plugins that were told of it before another one refused.
     nri::remove_pod(node, sandbox).await;
-    let release = Release { node: node.clone(), sandbox: sandbox.clone(), monitor: None };
+    let release = Release {
+        node: node.clone(),
+        sandbox: sandbox.clone(),
+        monitor: None,
+        forgets_layers: false,
+    };
     let (left, result) = release::all(&release, sandbox.holdings.clone(), |_| true).await;
     let intent = intent.to_string();
     let mut written = Ok(());

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pinion_cri_proto::v1::{self, NamespaceMode};
+use pinion_image::Images;
 use pinion_monitor_proto::message;
 use pinion_spec::{Accounts, Built, HostPaths, Inputs, Kind as SpecKind, Settings, SpecError};
 
@@ -187,12 +188,17 @@ async fn reserve(
 ) -> Result<(String, Vec<pinion_placement::Grant>)> {
     let step = intent::step(planned)?;
     let id = planned.id.clone();
+    let target = context.node.paths.pod(&planned.pod).container(&id).rootfs();
+    let claim = context.node.images.claim_rootfs(&id, &planned.image_id, &target).image_error()?;
     hugepages::reserve(&context.node, &planned.id, &planned.cgroups_path, decision, move |tx| {
         let intent = tx.begin_intent(CREATE_CONTAINER, &id)?;
         tx.append_step(&intent.id, step)?;
-        Ok(intent.id)
+        claim.commit(tx)?;
+        // Its lease is to outlive the transaction.
+        Ok((intent.id, claim))
     })
     .await
+    .map(|((intent, _claim), grants)| (intent, grants))
 }
 
 async fn undo(context: &Context, planned: Container, intent: String, error: Error) -> Failed {
@@ -217,7 +223,14 @@ async fn undo(context: &Context, planned: Container, intent: String, error: Erro
         }
         return Failed { error, left: Some(Box::new(remains)) };
     }
-    if let Err(error) = context.node.write(move |tx| tx.finish_intent(&intent)).await {
+    let id = planned.id.clone();
+    let written = context.node.write(move |tx| {
+        Images::forget_rootfs(tx, &id)?;
+        tx.finish_intent(&intent)
+    });
+    let written = written.await;
+    context.node.empty_trash();
+    if let Err(error) = written {
         // The intent is still there: the next start undoes it once more.
         tracing::error!(container = planned.id, error = %error.chain(), "undo not stored");
     }

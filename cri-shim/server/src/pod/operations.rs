@@ -45,6 +45,7 @@ impl Context {
             node: self.node.clone(),
             sandbox: self.sandbox.clone(),
             monitor: self.monitor.clone(),
+            forgets_layers: true,
         }
     }
 }

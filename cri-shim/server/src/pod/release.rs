@@ -29,6 +29,8 @@ pub(crate) struct Release {
     pub(crate) node: Arc<Node>,
     pub(crate) sandbox: Sandbox,
     pub(crate) monitor: Option<Client>,
+    /// The caller forgets a container's layers in the transaction that forgets the container.
+    pub(crate) forgets_layers: bool,
 }
 
 impl Holding {
@@ -119,10 +121,14 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
         Holding::Rootfs { container } => {
             let (node, container) = (node.clone(), container.clone());
             let target = directory.container(&container).rootfs();
+            let forgets_layers = release.forgets_layers;
             blocking(move || {
-                node.images
-                    .remove_rootfs(&container, &target)
-                    .context(|| format!("remove root filesystem of {container}"))
+                let images = &node.images;
+                let removed = match forgets_layers {
+                    true => images.unmount_rootfs(&container, &target),
+                    false => images.remove_rootfs(&container, &target),
+                };
+                removed.context(|| format!("remove root filesystem of {container}"))
             })
             .await
         }

@@ -80,6 +80,11 @@ impl<C> Schedule<C> {
         }
     }
 
+    /// The commands that have not begun yet, in the order they came.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
+        self.waiting.iter().map(|(_, command)| command)
+    }
+
     fn may_begin(&self, index: usize) -> bool {
         let earlier = || self.waiting.iter().take(index).map(|(scope, _)| scope);
         if self.pod || earlier().any(|s| *s == Scope::Pod) {
