@@ -189,6 +189,7 @@ async fn serve(node: Arc<Node>, began: Instant) -> Result<()> {
     let ms = began.elapsed().as_millis();
     tracing::info!(socket = %socket.display(), pods, ms, "serving");
     notify(&[NotifyState::Ready]);
+    tokio::spawn(stay_small());
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
@@ -209,6 +210,21 @@ async fn serve(node: Arc<Node>, began: Instant) -> Result<()> {
     // Still there only if nobody has replaced it.
     let _ = fs::remove_file(&socket);
     Ok(())
+}
+
+/// Lets go of the code that the start, or a busy time, has made resident: at once, and then
+/// every minute. What is in use comes back by faults that read nothing.
+async fn stay_small() {
+    let mut minutes = tokio::time::interval(Duration::from_secs(60));
+    minutes.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        minutes.tick().await;
+        let let_go = || pinion_sys::resident::let_go_of_code().context(|| "let go of code".into());
+        if let Err(error) = crate::services::blocking(let_go).await {
+            tracing::debug!(error = %error.chain(), "what was used once stays resident");
+            return;
+        }
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {

@@ -15,6 +15,7 @@ pub mod mempolicy;
 pub mod mount;
 pub mod netlink;
 pub mod process;
+pub mod resident;
 pub mod scm;
 pub mod seccomp;
 pub mod seccomp_notify;
