@@ -93,6 +93,10 @@ bench-cri: setup-test build ## pods through CRI against containerd and runc
 	@mkdir -p $(RESULTS)
 	$(HARNESS) bench cri -- $(call results,cri) $(BENCH_ARGS) $(BENCH_CRI_ARGS)
 
+.PHONY: churn
+churn: setup-test build ## 110 pods at once, 2,000 in sequence: what stays, and how long lists take
+	$(HARNESS) churn host $(CHURN_ARGS)
+
 .PHONY: test-faults
 test-faults: setup-test build ## pinion made to fail at every system call in turn (an hour)
 	PINION_FAULTS=all cargo test --release --locked -p pinion --test runtime faults -- --nocapture --test-threads=1

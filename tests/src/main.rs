@@ -4,7 +4,9 @@
 mod assets;
 mod badinput;
 mod bench;
+mod budget;
 mod cache;
+mod churn;
 mod command;
 mod crash;
 mod crates;
@@ -60,6 +62,14 @@ enum Verb {
         #[arg(long, value_enum, default_value = "piniond")]
         server: server::Kind,
     },
+    /// Many pods at once and many in sequence: nothing leaks, lists are answered meanwhile.
+    Churn {
+        place: Place,
+        #[arg(long, value_enum, default_value = "piniond")]
+        server: server::Kind,
+        #[command(flatten)]
+        options: churn::Options,
+    },
     /// Bad input and broken surroundings: clear errors, no leftovers.
     Badinput {
         place: Place,
@@ -88,6 +98,8 @@ enum Verb {
     DemoVm,
     /// The suites meant for the inside of the virtual node.
     Suite,
+    /// What pinion may cost before it does anything: size, start.
+    Budget,
     /// Benchmarks that need servers.
     #[command(subcommand)]
     Bench(BenchVerb),
@@ -188,9 +200,13 @@ fn run(verb: Verb) -> Result<ExitCode> {
         manual::write(&share)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Verb::Budget = verb {
+        budget::run()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let assets = Assets::open()?;
     match verb {
-        Verb::Manual { .. } => {}
+        Verb::Manual { .. } | Verb::Budget => {}
         Verb::Critest { place: Place::Host, options } => critest::run(&assets, &options)?,
         Verb::Critest { place: Place::Node, options } => {
             return Ok(exit_code(critest::run_in_node(&assets, &options)?));
@@ -200,6 +216,16 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Crash { place: Place::Node, server } => {
             return in_node(&assets, &["crash", "host", "--server", server.name()]);
+        }
+        Verb::Churn { place: Place::Host, server, options } => {
+            churn::run(&assets, server, &options)?;
+        }
+        Verb::Churn { place: Place::Node, server, options } => {
+            let words = options.words();
+            let fixed = ["churn", "host", "--server", server.name()];
+            let words: Vec<&str> =
+                fixed.into_iter().chain(words.iter().map(String::as_str)).collect();
+            return in_node(&assets, &words);
         }
         Verb::Badinput { place: Place::Host, server } => badinput::run(&assets, server)?,
         Verb::Badinput { place: Place::Node, server } => {

@@ -21,10 +21,15 @@ const IN_NODE: [Suite; 6] = [
 ];
 
 /// Everything, from a host.
-const ALL: [Suite; 8] = [
+const ALL: [Suite; 10] = [
+    ("size and start of pinion", &["budget"]),
     ("critest on this machine", &["critest", "host"]),
     ("crash on this machine", &["crash", "host"]),
     ("bad input on this machine", &["badinput", "host"]),
+    (
+        "pods that come and go, on this machine",
+        &["churn", "host", "--in-sequence", "60", "--list-ms", "100"],
+    ),
     ("pods in virtual machines", &["vm"]),
     ("demo on this machine", &["demo", "host"]),
     ("devices in the node", &["devices", "node"]),
