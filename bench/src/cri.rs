@@ -18,14 +18,17 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 use crate::memory;
+use crate::probes;
 use crate::report::{Collector, Report};
 
-type Outcome<T> = Result<T, Box<dyn Error>>;
+pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// What every pod of the comparison looks like.
 #[derive(Debug, Clone)]
 pub(crate) struct PodShape {
     pub(crate) image: String,
+    /// Images to pull, by what they are called in the report.
+    pub(crate) pulls: Vec<(String, String)>,
     pub(crate) handler: String,
     pub(crate) host_network: bool,
     pub(crate) cgroup_parent: String,
@@ -54,7 +57,7 @@ async fn compare_async(
     let mut collector = Collector::new(title, names);
     let mut idle = HashMap::new();
     for (name, pid) in daemons {
-        idle.insert(name, memory::resident(*pid)?);
+        idle.insert(name, (memory::resident(*pid)?, memory::share(*pid)?));
     }
     let mut servers = Vec::new();
     for (name, socket) in endpoints {
@@ -74,13 +77,30 @@ async fn compare_async(
             }
         }
     }
+    // Pulls take turns too: what the page cache and the disk do meanwhile hits all alike.
+    for (kind, image) in &shape.pulls {
+        for turn in 0..PULLS * servers.len() {
+            let peer = (turn + turn / servers.len()) % servers.len();
+            let (name, socket) = &endpoints[peer];
+            let pulled = pull_anew(&connect(socket).await?, image).await;
+            let time = pulled.map_err(|error| format!("{name}: {image}: {error}"))?;
+            collector.add(kind, "PullImage", "ms", peer, time);
+        }
+    }
+    for turn in 0..PROBE_TURNS * servers.len() {
+        let peer = turn % servers.len();
+        let name = &endpoints[peer].0;
+        let Some((_, pid)) = daemons.iter().find(|(daemon, _)| daemon == name) else { continue };
+        let measured = probes::run(&mut servers[peer], shape, *pid, 5000 + turn).await;
+        let (times, cpu) = measured.map_err(|error| format!("{name}: {error}"))?;
+        for time in times {
+            collector.add("probes", "ExecSync", "ms", peer, time);
+        }
+        collector.add("probes", "ExecSync CPU time", "ms", peer, cpu);
+    }
     let burst_name = format!("{pods} pods, {IN_FLIGHT} at a time");
-    for (peer, (name, socket)) in endpoints.iter().enumerate() {
-        let channel = connect(socket).await?;
+    for (peer, (name, _)) in endpoints.iter().enumerate() {
         let measured = async {
-            for time in pulls(&channel, &shape.image).await? {
-                collector.add("image", "PullImage", "ms", peer, time);
-            }
             for (measure, unit, value) in burst(&servers[peer], shape, pods).await? {
                 collector.add(&burst_name, measure, unit, peer, value);
             }
@@ -92,7 +112,10 @@ async fn compare_async(
         if let Some((_, pid)) = daemons.iter().find(|(daemon, _)| daemon == name) {
             let value = memory::resident(*pid)?;
             collector.add("server", "resident after all", "KiB", peer, value);
-            collector.add("server", "resident idle", "KiB", peer, idle[name]);
+            collector.add("server", "PSS after all", "KiB", peer, memory::share(*pid)?);
+            let (resident, share) = idle[name];
+            collector.add("server", "resident idle", "KiB", peer, resident);
+            collector.add("server", "PSS idle", "KiB", peer, share);
         }
     }
     Ok(collector.report())
@@ -100,22 +123,20 @@ async fn compare_async(
 
 /// Of many pods, so many are being started at any time.
 const IN_FLIGHT: usize = 10;
-/// How often an image is pulled anew; each pull unpacks where the last one was removed.
+/// How often an image is pulled anew from each server.
 const PULLS: usize = 3;
+/// How often each server has a turn of probes.
+const PROBE_TURNS: usize = 3;
 
-/// Milliseconds of each pull of an image that is not there.
-async fn pulls(channel: &Channel, image: &str) -> Outcome<Vec<f64>> {
+/// Milliseconds of a pull of an image that is not there.
+async fn pull_anew(channel: &Channel, image: &str) -> Outcome<f64> {
     let mut images = ImageServiceClient::new(channel.clone());
     let spec = Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() });
-    let mut times = Vec::new();
-    for _ in 0..PULLS {
-        images.remove_image(RemoveImageRequest { image: spec.clone() }).await?;
-        let began = Instant::now();
-        let request = PullImageRequest { image: spec.clone(), ..PullImageRequest::default() };
-        images.pull_image(request).await?;
-        times.push(began.elapsed().as_secs_f64() * 1000.0);
-    }
-    Ok(times)
+    images.remove_image(RemoveImageRequest { image: spec.clone() }).await?;
+    let began = Instant::now();
+    let request = PullImageRequest { image: spec, ..PullImageRequest::default() };
+    images.pull_image(request).await?;
+    Ok(began.elapsed().as_secs_f64() * 1000.0)
 }
 
 /// Starts and removes many pods; between the two, what keeps them is weighed.
@@ -175,7 +196,7 @@ where
 }
 
 /// A pod with one container that sleeps.
-async fn start_pod(
+pub(crate) async fn start_pod(
     client: &mut Client,
     shape: &PodShape,
     number: usize,
@@ -200,7 +221,7 @@ async fn start_pod(
     Ok((pod, config.log_directory))
 }
 
-async fn end_pod(client: &mut Client, pod: (String, String)) -> Result<(), String> {
+pub(crate) async fn end_pod(client: &mut Client, pod: (String, String)) -> Result<(), String> {
     let (pod_sandbox_id, logs) = pod;
     let stop = StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
     client.stop_pod_sandbox(stop).await.map_err(|error| format!("StopPodSandbox: {error}"))?;
@@ -289,7 +310,7 @@ impl Laps {
     }
 }
 
-type Client = RuntimeServiceClient<Channel>;
+pub(crate) type Client = RuntimeServiceClient<Channel>;
 
 /// Runs one pod from its sandbox to its removal. A pod that fails half-way is removed.
 async fn one_pod(

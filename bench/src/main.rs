@@ -2,11 +2,13 @@
 //! that whatever else the machine does hits all of them alike. Read the results as ratios.
 
 mod bundle;
+mod cpu;
 mod cri;
 mod insert;
 mod memory;
 mod oci;
 mod plot;
+mod probes;
 mod process;
 mod report;
 mod samples;
@@ -60,6 +62,9 @@ enum What {
         /// An image with `sleep` and `true`; pulled where it is missing.
         #[arg(long, default_value = "docker.io/library/busybox:latest")]
         image: String,
+        /// NAME=IMAGE, once per image whose pull is measured; it is removed before each.
+        #[arg(long = "pull", value_parser = named)]
+        pulls: Vec<(String, String)>,
         /// The runtime handler (RuntimeClass) to ask for.
         #[arg(long, default_value = "")]
         handler: String,
@@ -138,12 +143,13 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
             rounds,
             pods,
             image,
+            pulls,
             handler,
             host_network,
             cgroup_parent,
             output,
         } => {
-            let pod = cri::PodShape { image, handler, host_network, cgroup_parent };
+            let pod = cri::PodShape { image, pulls, handler, host_network, cgroup_parent };
             ("cri", cri::compare(&endpoints, &daemons, (rounds, pods), &pod)?, output)
         }
     };

@@ -10,6 +10,13 @@ pub(crate) fn resident(pid: u32) -> Result<f64, Box<dyn Error>> {
     kib_of(&text, "VmRSS:").ok_or_else(|| format!("{path} has no VmRSS").into())
 }
 
+/// The proportional share (`Pss`) of one process.
+pub(crate) fn share(pid: u32) -> Result<f64, Box<dyn Error>> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+    kib_of(&text, "Pss:").ok_or_else(|| format!("{path} has no Pss").into())
+}
+
 /// The proportional share (`Pss`) of every process with one of these names, together.
 pub(crate) fn shares(names: &[&str]) -> Result<f64, Box<dyn Error>> {
     let mut sum = 0.0;
@@ -36,6 +43,7 @@ mod tests {
     #[test]
     fn this_process_weighs_something_and_an_absent_name_nothing() {
         assert!(resident(std::process::id()).unwrap() > 100.0);
+        assert!(share(std::process::id()).unwrap() > 100.0);
         assert_eq!(shares(&["no such process"]).unwrap(), 0.0);
         assert_eq!(kib_of("Rss:  7 kB\nPss:    12 kB\n", "Pss:"), Some(12.0));
     }

@@ -11,7 +11,7 @@ use std::process::Command;
 use crate::cache::Cache;
 use crate::debian::{Archive, Spec, Tree};
 use crate::error::{During, Error, Result};
-use crate::image::{self, catalogue, registry};
+use crate::image::{self, catalogue, large, registry};
 use crate::tools;
 
 /// Exists in the virtual node only.
@@ -122,6 +122,11 @@ impl Assets {
     /// An OCI layout with the workload image.
     pub(crate) fn layout(&self) -> Result<PathBuf> {
         Ok(self.images()?.join("layout"))
+    }
+
+    /// The registry's storage with the images for measuring pulls.
+    pub(crate) fn large_images(&self) -> Result<PathBuf> {
+        self.cache()?.entry("large-images", &large::REVISION.to_string(), large::write)
     }
 
     /// Starts the registry with the test images.

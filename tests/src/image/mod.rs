@@ -4,6 +4,7 @@
 //! own small programs, with fixed times and owners, so the same inputs give the same digest.
 
 pub(crate) mod catalogue;
+pub(crate) mod large;
 pub(crate) mod registry;
 
 use std::fs;

@@ -118,14 +118,16 @@ impl Registry {
 
     /// Writes `HOST/hosts.toml` files that send every mirrored host here.
     pub(crate) fn write_mirrors(&self, dir: &Path) -> Result<()> {
-        for host in MIRRORED {
-            let text = format!(
-                "server = \"http://{0}\"\n\n[host.\"http://{0}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
-                self.address
-            );
-            put(&dir.join(host).join("hosts.toml"), text.as_bytes())?;
-        }
-        Ok(())
+        MIRRORED.into_iter().try_for_each(|host| self.write_mirror(dir, host))
+    }
+
+    /// Writes the `hosts.toml` that sends one host here.
+    pub(crate) fn write_mirror(&self, dir: &Path, host: &str) -> Result<()> {
+        let text = format!(
+            "server = \"http://{0}\"\n\n[host.\"http://{0}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
+            self.address
+        );
+        put(&dir.join(host).join("hosts.toml"), text.as_bytes())
     }
 }
 
