@@ -25,7 +25,7 @@ pub(crate) fn run() -> Result<()> {
     let size = bytes.len() as u64;
     println!("{}: {size} bytes of {SIZE}", program.display());
     ensure(size < SIZE, || format!("pinion has {size} bytes, {} too many", size - SIZE + 1))?;
-    ensure(interpreter(&bytes)? == None, || "pinion is not static: it names a loader".into())?;
+    ensure(interpreter(&bytes)?.is_none(), || "pinion is not static: it names a loader".into())?;
     let mut fastest = Duration::MAX;
     for _ in 0..STARTS {
         fastest = fastest.min(start(&program)?);
