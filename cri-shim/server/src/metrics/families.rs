@@ -38,6 +38,7 @@ pub(super) const CONTAINER: &[Family<Reading>] = &[
     Family { name: "container_oom_events_total", help: "Processes killed for want of memory", kind: Counter, labels: &[], read: |r| one(r.oom_kills) },
     Family { name: "container_hugetlb_usage_bytes", help: "Hugepages in use, in bytes", kind: Gauge, labels: &["pagesize"], read: |r| hugetlb(r, |h| h.usage) },
     Family { name: "container_hugetlb_max_usage_bytes", help: "Most hugepages ever in use, in bytes", kind: Gauge, labels: &["pagesize"], read: |r| hugetlb(r, |h| h.max) },
+    Family { name: "container_hugetlb_numa_usage_bytes", help: "Hugepages in use by NUMA node, in bytes; the node is empty where the kernel does not say (cgroup v1)", kind: Gauge, labels: &["pagesize", "numa_node"], read: |r| hugetlb_by_node(&r.stats.hugetlb) },
     Family { name: "container_blkio_device_usage_total", help: "Bytes read and written by device", kind: Counter, labels: &["device", "major", "minor", "operation"], read: |r| devices(r) },
     Family { name: "container_fs_reads_bytes_total", help: "Bytes read by device", kind: Counter, labels: &["device"], read: |r| io(&r.stats.blkio.io_service_bytes_recursive, "Read") },
     Family { name: "container_fs_reads_total", help: "Requests by device: reads", kind: Counter, labels: &["device"], read: |r| io(&r.stats.blkio.io_serviced_recursive, "Read") },
@@ -133,6 +134,19 @@ fn hugetlb(reading: &Reading, of: fn(&Hugetlb) -> u64) -> Samples {
     reading.stats.hugetlb.iter().map(|(size, h)| (vec![size.clone()], of(h))).collect()
 }
 
+fn hugetlb_by_node(sizes: &BTreeMap<String, Hugetlb>) -> Samples {
+    let mut samples = Vec::new();
+    for (size, pages) in sizes {
+        let split = pages.nodes.iter().map(|(node, bytes)| (node.to_string(), *bytes));
+        let mut split: Vec<(String, u64)> = split.collect();
+        if split.is_empty() {
+            split.push((String::new(), pages.usage));
+        }
+        samples.extend(split.into_iter().map(|(node, bytes)| (vec![size.clone(), node], bytes)));
+    }
+    samples
+}
+
 fn device(entry: &BlkioEntry) -> String {
     format!("{}:{}", entry.major, entry.minor)
 }
@@ -154,4 +168,20 @@ fn io(entries: &[BlkioEntry], op: &str) -> Samples {
 /// The writable layer has no device of its own.
 fn layer(value: u64) -> Samples {
     vec![(vec![String::new()], value)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hugepages_are_told_by_node_where_the_kernel_splits_them() {
+        let pages = |nodes: &[(u32, u64)]| {
+            let nodes = nodes.iter().copied().collect();
+            BTreeMap::from([("2MB".to_owned(), Hugetlb { usage: 6, nodes, ..Default::default() })])
+        };
+        let sample = |node: &str, bytes| (vec!["2MB".to_owned(), node.to_owned()], bytes);
+        assert_eq!(hugetlb_by_node(&pages(&[(0, 4), (1, 2)])), [sample("0", 4), sample("1", 2)]);
+        assert_eq!(hugetlb_by_node(&pages(&[])), [sample("", 6)]);
+    }
 }
