@@ -126,3 +126,92 @@ fn a_configuration_has_one_diff_id_per_layer() {
     let other = Platform { os: "linux".into(), architecture: "s390x".into(), variant: "".into() };
     assert!(check_platform("x", &parsed, &other).is_err());
 }
+
+/// JSON of the keys and values that these documents have, put together in any way.
+fn any_document() -> impl proptest::strategy::Strategy<Value = serde_json::Value> {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+    let digest = Digest::of(b"x").to_string();
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        prop_oneof![Just(0_u64), Just(2), Just(3), Just(u64::MAX)].prop_map(Value::from),
+        Just(json!(-1)),
+        Just(json!(1e300)),
+        prop_oneof![
+            Just(digest),
+            Just("sha256:../../x".to_owned()),
+            Just(OCI_MANIFEST.to_owned()),
+            Just(OCI_INDEX.to_owned()),
+            Just(OCI_CONFIG.to_owned()),
+            Just(OCI_LAYER.to_owned()),
+            ".{0,40}",
+        ]
+        .prop_map(Value::from),
+    ];
+    let key = prop_oneof![
+        Just("schemaVersion"),
+        Just("mediaType"),
+        Just("config"),
+        Just("layers"),
+        Just("manifests"),
+        Just("fsLayers"),
+        Just("digest"),
+        Just("size"),
+        Just("platform"),
+        Just("os"),
+        Just("architecture"),
+        Just("annotations"),
+        Just("rootfs"),
+        Just("diff_ids"),
+        Just("type"),
+    ];
+    leaf.prop_recursive(5, 60, 8, move |inner| {
+        let pairs = proptest::collection::vec((key.clone(), inner.clone()), 0..8);
+        prop_oneof![
+            proptest::collection::vec(inner, 0..5).prop_map(Value::from),
+            pairs.prop_map(|pairs| {
+                pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect::<Value>()
+            }),
+        ]
+    })
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_document_is_more_than_one_kind_and_none_panics(
+        document in any_document(),
+        version in proptest::bool::ANY,
+        layers in 0_usize..4,
+    ) {
+        let mut document = document;
+        if let (true, Some(map)) = (version, document.as_object_mut()) {
+            map.insert("schemaVersion".to_owned(), 2.into());
+        }
+        let text = document.to_string();
+        let first = parse(&text);
+        if let Ok(found) = &first {
+            proptest::prop_assert_eq!(found, &parse(&text).unwrap());
+            let both = document.get("manifests").is_some_and(|m| !m.is_null())
+                && document.get("layers").is_some_and(|l| !l.is_null());
+            proptest::prop_assert!(!both, "{}", text);
+        }
+        if let Ok((_, diff_ids)) = parse_config("x", text.as_bytes(), layers) {
+            proptest::prop_assert_eq!(diff_ids.len(), layers);
+        }
+    }
+
+    #[test]
+    fn a_damaged_manifest_is_refused_or_says_the_same(at in 0_usize..400, byte: u8) {
+        let good = manifest(OCI_CONFIG, &[OCI_LAYER, OCI_LAYER]);
+        let mut bytes = good.into_bytes();
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        if let Ok(Document::Manifest(manifest)) = super::parse("x", &bytes, None) {
+            // A digest that is no digest never gets further than this.
+            for descriptor in manifest.layers.iter().chain([&manifest.config]) {
+                proptest::prop_assert!(Digest::parse(&descriptor.digest.to_string()).is_ok());
+            }
+        }
+    }
+}

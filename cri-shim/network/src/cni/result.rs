@@ -256,6 +256,72 @@ mod tests {
         }
     }
 
+    /// JSON of the keys and values that results have, put together in any way.
+    fn any_answer() -> impl proptest::strategy::Strategy<Value = serde_json::Value> {
+        use proptest::prelude::*;
+        use serde_json::Value;
+        let text = prop_oneof![
+            Just("1.0.0".to_owned()),
+            Just("10.1.2.3/24".to_owned()),
+            Just("fd00::1/129".to_owned()),
+            Just("fd00::1".to_owned()),
+            Just(String::new()),
+            ".{0,30}",
+        ];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            Just(json!(-0.5)),
+            text.prop_map(Value::from),
+        ];
+        let key = prop_oneof![
+            Just("interfaces"),
+            Just("ips"),
+            Just("routes"),
+            Just("dns"),
+            Just("address"),
+            Just("gateway"),
+            Just("interface"),
+            Just("dst"),
+            Just("gw"),
+            Just("name"),
+            Just("sandbox"),
+            Just("nameservers"),
+        ];
+        leaf.prop_recursive(4, 60, 8, move |inner| {
+            let pairs = proptest::collection::vec((key.clone(), inner.clone()), 0..6);
+            prop_oneof![
+                proptest::collection::vec(inner, 0..5).prop_map(Value::from),
+                pairs.prop_map(|pairs| {
+                    pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect::<Value>()
+                }),
+            ]
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_answer_is_read_or_refused_and_what_is_read_is_bounded(answer in any_answer()) {
+            let mut answer = answer;
+            if let Some(map) = answer.as_object_mut() {
+                map.insert("cniVersion".to_owned(), json!("1.0.0"));
+            }
+            if let Ok(result) = PluginResult::parse(&answer) {
+                proptest::prop_assert!(result.ips.len() <= MAX_ENTRIES);
+                for ip in &result.ips {
+                    let width = if ip.address.is_ipv4() { 32 } else { 128 };
+                    proptest::prop_assert!(ip.address.prefix <= width);
+                    // Arithmetic on what came through does not overflow either.
+                    proptest::prop_assert!(ip.address.network().contains(ip.address.ip));
+                }
+                let stored = serde_json::to_string(&result).unwrap();
+                let read: PluginResult = serde_json::from_str(&stored).unwrap();
+                proptest::prop_assert_eq!(read, result);
+            }
+        }
+    }
+
     #[test]
     fn a_result_survives_being_stored() {
         let value = json!({"cniVersion": "1.0.0", "ips": [{"address": "10.1.2.3/24"}]});
