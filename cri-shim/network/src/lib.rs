@@ -16,6 +16,7 @@
 //!   output; what it prints is never trusted to be well-formed.
 
 mod builtin;
+mod cidr;
 pub mod cni;
 mod engine;
 mod error;
@@ -27,7 +28,8 @@ mod network;
 mod pod;
 mod status;
 
-pub use cni::{Dns, Interface, IpAssignment, PluginResult, Route};
+pub use cidr::pod_cidrs;
+pub use cni::{Dns, Interface, IpAssignment, IpNet, PluginResult, Route};
 pub use engine::Engine;
 pub use error::NetworkError;
 pub use guard::{ForeignChanges, Watch};

@@ -94,8 +94,14 @@ impl RuntimeService for RuntimeApi {
         let config = request.into_inner().runtime_config.unwrap_or_default();
         let cidr = config.network_config.unwrap_or_default().pod_cidr;
         let work = async {
-            let cidrs = cidr.split(',').map(str::trim).filter(|c| !c.is_empty());
-            self.node.network.set_pod_cidrs(cidrs.map(str::to_string).collect());
+            let networks = pinion_network::pod_cidrs(&cidr).map_err(|error| {
+                Error::invalid(format!("runtime_config.network_config.pod_cidr: {error}"))
+            })?;
+            // Kubelet sends an empty one until the node is assigned its own.
+            if !networks.is_empty() {
+                let networks = networks.iter().map(ToString::to_string);
+                self.node.network.set_pod_cidrs(networks.collect());
+            }
             Ok(UpdateRuntimeConfigResponse {})
         };
         answer("UpdateRuntimeConfig", &cidr, work).await
