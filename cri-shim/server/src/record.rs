@@ -54,7 +54,12 @@ pub(crate) struct Sandbox {
 pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) pod: String,
+    /// As it is in force.
     pub(crate) config: Wire<v1::ContainerConfig>,
+    /// As the client asked, where that is something else: CPUs or memory nodes were chosen here.
+    /// A retry after a restart is compared with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) request: Option<Wire<v1::ContainerConfig>>,
     pub(crate) image_id: String,
     /// Nanoseconds since the epoch.
     pub(crate) created_at: i64,
@@ -205,6 +210,11 @@ impl Container {
         }
     }
 
+    /// The configuration that the client sent.
+    pub(crate) fn asked(&self) -> &v1::ContainerConfig {
+        &self.request.as_ref().unwrap_or(&self.config).0
+    }
+
     /// Its name as kubelet knows it.
     pub(crate) fn name(&self) -> &str {
         self.config.metadata.as_ref().map_or("", |m| m.name.as_str())
@@ -353,6 +363,19 @@ mod tests {
         assert_eq!(exit(137, true).reason(), "OOMKilled");
         let lost = Exit { reason: Some("MonitorLost".into()), ..Default::default() };
         assert_eq!(lost.reason(), "MonitorLost");
+    }
+
+    #[test]
+    fn a_retry_is_compared_with_what_the_client_sent() {
+        let config = |working_dir: &str| {
+            Wire(v1::ContainerConfig { working_dir: working_dir.into(), ..Default::default() })
+        };
+        let mut container = Container { config: config("in force"), ..Default::default() };
+        assert_eq!(container.asked().working_dir, "in force");
+        container.request = Some(config("asked"));
+        let text = serde_json::to_string(&container).unwrap();
+        let read: Container = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.asked().working_dir, "asked");
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(crate) fn spawn(node: Arc<Node>, seed: Seed) {
     let (sender, commands) = mpsc::channel(QUEUE);
     let mut names = Admission::default();
     for container in &seed.containers {
-        names.restore(name(&container.config), container.config.0.clone(), &container.id);
+        names.restore(name(&container.config), container.asked().clone(), &container.id);
     }
     let containers = seed.containers.into_iter().map(|c| (c.id.clone(), Member::new(c))).collect();
     let mut actor = Actor {

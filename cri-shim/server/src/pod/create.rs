@@ -56,7 +56,10 @@ pub(crate) async fn create(
             context.node.cpus.release(id);
             early(error)
         })?;
-    let planned = steer(planned, &grants);
+    let mut planned = steer(planned, &grants);
+    if planned.config.0 != *config {
+        planned.request = Some(Wire(config.clone()));
+    }
     let decision = decision.with_grants(&grants);
     let outcome = match steps(context, &planned, &decision, devices).await {
         Ok(created) => {
