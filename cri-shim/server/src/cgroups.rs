@@ -206,6 +206,13 @@ impl Cgroups {
             .kill_all(KILL)
             .context(|| format!("kill cgroup {cgroups_path}"))
     }
+
+    /// The processes of a container, with those in groups below its own.
+    pub(crate) fn processes(&self, cgroups_path: &str, id: &str) -> Result<Vec<i32>> {
+        self.container(cgroups_path, id)?
+            .pids(true)
+            .context(|| format!("list the processes of cgroup {cgroups_path}"))
+    }
 }
 
 /// Every directory of a cgroup, in whichever hierarchies it is.

@@ -46,6 +46,7 @@ mod signals;
 mod stats;
 mod status;
 mod streaming;
+mod stuck;
 mod ticket;
 mod vm;
 mod web;

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use pinion_monitor_proto::channel::{Descriptors, recv_with_fds, send_with_fds};
 use pinion_monitor_proto::frame::{Decoder, FrameError, encode};
@@ -26,6 +27,15 @@ use tokio::sync::mpsc;
 use crate::error::{Context, Error, Kind, Result};
 
 const GONE: &str = "the pod's monitor is gone";
+
+/// A monitor answers these at once. One that does not hangs, and its pod is ended without it.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// A monitor that does not greet by then counts as gone, and what it has is killed.
+const HELLO_LIMIT: Duration = Duration::from_secs(20);
+
+/// The runtime works for these, and the monitor ends one that hangs after two minutes.
+const WORK_LIMIT: Duration = Duration::from_secs(150);
 
 /// Something a pod's actor must know.
 #[derive(Debug)]
@@ -103,7 +113,10 @@ impl Client {
         tokio::spawn(connection.run(receiver));
         let client = Self { calls: sender };
         let hello = message::Hello { version: pinion_monitor_proto::VERSION, subscribe: true };
-        let reply = match client.call(Verb::Hello(hello), Vec::new()).await? {
+        // Whoever stopped it may not have meant to take the pod down.
+        super::process::wake(directory);
+        let hello = client.call(Verb::Hello(hello), Vec::new());
+        let reply = match in_time("hello", HELLO_LIMIT, hello).await? {
             Outcome::Hello(reply) => reply,
             other => return Err(unexpected("hello", &other)),
         };
@@ -179,11 +192,27 @@ impl Client {
     }
 
     async fn done(&self, what: &str, verb: Verb) -> Result<()> {
-        match self.call(verb, Vec::new()).await? {
+        let limit = match verb {
+            Verb::Start(_) | Verb::Delete(_) => WORK_LIMIT,
+            _ => ANSWER_LIMIT,
+        };
+        match in_time(what, limit, self.call(verb, Vec::new())).await? {
             Outcome::Done(_) => Ok(()),
             other => Err(unexpected(what, &other)),
         }
     }
+}
+
+/// An answer, or the error that there is none.
+async fn in_time<T>(
+    what: &str,
+    limit: Duration,
+    answer: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    tokio::time::timeout(limit, answer).await.unwrap_or_else(|_late| {
+        let message = format!("{what}: the pod's monitor has not answered for {limit:?}");
+        Err(Error::new(Kind::Timeout, message))
+    })
 }
 
 /// The monitor's answer is of another kind than the question.

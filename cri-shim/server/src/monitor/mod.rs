@@ -4,4 +4,4 @@ mod client;
 mod process;
 
 pub(crate) use client::{Answers, Client, Notice, unexpected};
-pub(crate) use process::{Invocation, end, pid, start};
+pub(crate) use process::{Invocation, end, pid, start, wake};

@@ -98,6 +98,27 @@ pub(crate) fn pid(directory: &Path) -> Option<i32> {
     find(directory).map(Pid::as_raw_pid)
 }
 
+/// Continues the pod's monitor if somebody has stopped it; whether that was so.
+pub(crate) fn wake(directory: &Path) -> bool {
+    let Some(pid) = find(directory) else { return false };
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    // The name may have any parenthesis in it.
+    let state = stat.ok().and_then(|s| s.rsplit_once(')')?.1.trim_start().chars().next());
+    if state != Some('T') {
+        return false;
+    }
+    tracing::warn!(monitor = pid.as_raw_nonzero(), "the pod's monitor was stopped, continuing it");
+    let sent = pidfd_open(pid, PidfdFlags::empty()).and_then(|pidfd| {
+        // As in `kill`: still the same process?
+        if find(directory) == Some(pid) { pidfd_send_signal(&pidfd, Signal::CONT) } else { Ok(()) }
+    });
+    if let Err(error) = sent {
+        tracing::warn!(monitor = pid.as_raw_nonzero(), %error, "cannot continue the pod's monitor");
+        return false;
+    }
+    true
+}
+
 /// Kills the pod's monitor if it still lives, and waits until it is gone.
 pub(crate) async fn end(directory: &Path) -> Result<()> {
     if let Some(pid) = find(directory)

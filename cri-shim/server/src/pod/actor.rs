@@ -246,7 +246,8 @@ impl Actor {
                 Box::pin(operations::heal(context, member, reply))
             }
             Command::UpdatePod { overhead, resources, reply } => {
-                Box::pin(operations::update_pod(context, overhead, resources, reply))
+                let members = self.members();
+                Box::pin(operations::update_pod(context, members, overhead, resources, reply))
             }
             Command::Checkpoint { containers, place, limit, whole, reply } => {
                 let chosen = self.chosen(containers);

@@ -15,6 +15,8 @@ mod actor;
 mod apply;
 mod bring_up;
 mod create;
+mod kill;
+mod limits;
 mod network;
 mod operations;
 mod reconnect;

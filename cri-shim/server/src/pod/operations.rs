@@ -9,19 +9,16 @@ use tokio::sync::watch;
 
 use super::reconnect::Reconnected;
 use super::release::{self, Release};
-use super::{Reply, create};
+use super::{Reply, create, kill, limits};
 use crate::contract;
 use crate::error::{Error, Kind, Result};
 use crate::monitor::Client;
 use crate::node::Node;
 use crate::record::{Container, Holding, Phase, Sandbox};
+use crate::services::blocking;
 use crate::signals::KILL;
 use crate::ticket::Completion;
 use crate::{checkpoint, ids, nri, resources};
-
-/// How long a container may take to die of SIGKILL. What is in uninterruptible sleep by
-/// then is reported, and the client tries again.
-const KILL_LIMIT: Duration = Duration::from_secs(20);
 
 /// What every operation starts from: copies of the state when it began.
 #[derive(Debug, Clone)]
@@ -59,7 +56,7 @@ pub(crate) struct Held {
 
 impl Held {
     /// Waits until the container has ended; false if the time was over first.
-    async fn wait(&mut self, limit: Duration) -> bool {
+    pub(super) async fn wait(&mut self, limit: Duration) -> bool {
         tokio::time::timeout(limit, self.ended.wait_for(|ended| *ended)).await.is_ok()
     }
 }
@@ -189,40 +186,10 @@ pub(crate) async fn stop(
     reply: Reply<()>,
 ) -> Done {
     let result = match member {
-        Ok(mut held) => end(&context, &mut held, grace).await,
+        Ok(mut held) => kill::end(&context, &mut held, grace).await,
         Err(e) => Err(e),
     };
     Done::Answered { result, reply }
-}
-
-/// Ends a container: its stop signal, a wait, SIGKILL for every process of it, a wait.
-async fn end(context: &Context, held: &mut Held, grace: Duration) -> Result<()> {
-    if held.record.exit.is_some() || *held.ended.borrow() {
-        return Ok(());
-    }
-    let id = held.record.id.clone();
-    // A container that was never started has nothing that could heed a signal.
-    if !grace.is_zero() && held.record.phase() == Phase::Running {
-        let signal = held.record.stop_signal;
-        tolerate_ended(context.monitor()?.signal(&id, signal, false).await)?;
-        if held.wait(grace).await {
-            return Ok(());
-        }
-    }
-    tolerate_ended(context.monitor()?.signal(&id, KILL, true).await)?;
-    if held.wait(KILL_LIMIT).await {
-        return Ok(());
-    }
-    let message = format!("container {id} is still running {KILL_LIMIT:?} after SIGKILL");
-    Err(Error::new(Kind::Timeout, message))
-}
-
-/// A signal to what has just ended did its work.
-fn tolerate_ended(result: Result<()>) -> Result<()> {
-    match result {
-        Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Precondition) => Ok(()),
-        other => other,
-    }
 }
 
 pub(crate) async fn remove(
@@ -254,7 +221,7 @@ async fn give_back(
 ) -> (Vec<Holding>, Result<()>) {
     // Without a monitor the release kills by cgroup.
     if context.monitor.is_some()
-        && let Err(error) = end(context, held, Duration::ZERO).await
+        && let Err(error) = kill::end(context, held, Duration::ZERO).await
     {
         return (held.record.holdings.clone(), Err(error));
     }
@@ -346,10 +313,11 @@ pub(crate) async fn checkpoint(context: Context, wish: Wish, reply: Reply<()>) -
     Done::Answered { result, reply }
 }
 
-/// Remembers the pod's own limits: kubelet is the one writer of its pods' cgroups, and has
-/// written them by now.
+/// Puts new limits on the pod's cgroup. Kubelet has written those of its own pods by then, and
+/// the same values once more change nothing.
 pub(crate) async fn update_pod(
     context: Context,
+    members: Vec<Held>,
     overhead: Option<Box<v1::LinuxContainerResources>>,
     resources: Option<Box<v1::LinuxContainerResources>>,
     reply: Reply<()>,
@@ -357,6 +325,14 @@ pub(crate) async fn update_pod(
     let (node, sandbox) = (&context.node, &context.sandbox);
     let asked = (overhead.as_deref(), resources.as_deref());
     if let Err(error) = nri::update_pod(node, sandbox, asked.0, asked.1).await {
+        return Done::Answered { result: Err(error), reply };
+    }
+    let (worker, pod) = (node.clone(), sandbox.clone());
+    let (asked_overhead, asked) = (overhead.clone(), resources.clone());
+    let written = blocking(move || {
+        limits::apply(&worker, &pod, &members, asked_overhead.as_deref(), asked.as_deref())
+    });
+    if let Err(error) = written.await {
         return Done::Answered { result: Err(error), reply };
     }
     nri::post_update_pod(node, sandbox).await;

@@ -160,7 +160,7 @@ async fn delete(release: &Release, container: &str) -> Result<()> {
     loop {
         match monitor.delete(container).await {
             Ok(()) => return Ok(()),
-            Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Unavailable) => {
+            Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Unavailable | Kind::Timeout) => {
                 return release.node.programs.delete(container).await;
             }
             // The monitor may still be creating it for a server that has ended since.
