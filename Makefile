@@ -68,6 +68,12 @@ unit: setup-test build ## unit and integration tests of every crate
 critest: setup-test build ## critest against piniond on this machine
 	$(HARNESS) critest host
 
+.PHONY: critest-variants
+critest-variants: setup-test build ## critest in full over WebSocket, then in parallel, then in the virtual node (an hour)
+	$(HARNESS) critest host --websocket
+	$(HARNESS) critest host --parallel 4
+	$(HARNESS) critest node
+
 .PHONY: kubelet
 kubelet: setup-test build ## kubelet itself against piniond, in the virtual node
 	$(HARNESS) kubelet
@@ -100,6 +106,10 @@ churn: setup-test build ## 110 pods at once, 2,000 in sequence: what stays, and 
 .PHONY: test-faults
 test-faults: setup-test build ## pinion made to fail at every system call in turn (an hour)
 	PINION_FAULTS=all cargo test --release --locked -p pinion --test runtime faults -- --nocapture --test-threads=1
+
+.PHONY: test-crashes
+test-crashes: setup-test build ## piniond killed at every system call that ends a step of a call (many minutes)
+	$(HARNESS) crash host --every
 
 .PHONY: install
 install: build ## install binaries, unit file, man pages and completions below PREFIX (/usr/local)

@@ -3,7 +3,8 @@
 //! Twenty pods run; some containers end while the server is dead. After the restart every
 //! pod is there, what ran still runs as the same process, what ended has its exit code, its
 //! time and all of its log, and removing everything leaves the machine as it was. Then the
-//! server dies again in the middle of making pods.
+//! server dies again in the middle of making pods, and of every call that changes something
+//! ([`crate::torn`]).
 
 use std::fs;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -34,7 +35,7 @@ struct Running {
 }
 
 /// Runs the suite against a server.
-pub(crate) fn run(assets: &Assets, kind: Kind, budget: Duration) -> Result<()> {
+pub(crate) fn run(assets: &Assets, kind: Kind, budget: Duration, every: bool) -> Result<()> {
     let mut site = Site::open(assets, kind)?;
     let cri = site.connect()?;
     site.warm_up(&cri)?;
@@ -71,6 +72,9 @@ pub(crate) fn run(assets: &Assets, kind: Kind, budget: Duration) -> Result<()> {
     die_while_making_pods(&mut site)?;
     leaks::nothing_since(&before, CLEANUP)?;
     println!("killed while making pods: nothing left behind");
+    if kind == Kind::Piniond {
+        crate::torn::run(&mut site, every)?;
+    }
     Ok(())
 }
 

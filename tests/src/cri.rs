@@ -377,11 +377,27 @@ impl Cri {
         Ok(self.call("ListContainers", client.list_containers(request))?.containers)
     }
 
-    /// Stops and removes a pod with everything in it.
-    pub(crate) fn remove_pod(&self, id: &str) -> Result<()> {
+    /// Removes an image; one that is not there is fine.
+    pub(crate) fn remove_image(&self, reference: &str) -> Result<()> {
+        let mut client = self.images();
+        let image = Some(v1::ImageSpec { image: reference.into(), ..Default::default() });
+        let request = v1::RemoveImageRequest { image };
+        self.call(&format!("RemoveImage {reference}"), client.remove_image(request))?;
+        Ok(())
+    }
+
+    /// Stops a pod.
+    pub(crate) fn stop_pod(&self, id: &str) -> Result<()> {
         let mut client = self.runtime();
         let request = v1::StopPodSandboxRequest { pod_sandbox_id: id.into() };
         self.call(&format!("StopPodSandbox {}", short(id)), client.stop_pod_sandbox(request))?;
+        Ok(())
+    }
+
+    /// Stops and removes a pod with everything in it.
+    pub(crate) fn remove_pod(&self, id: &str) -> Result<()> {
+        self.stop_pod(id)?;
+        let mut client = self.runtime();
         let request = v1::RemovePodSandboxRequest { pod_sandbox_id: id.into() };
         self.call(&format!("RemovePodSandbox {}", short(id)), client.remove_pod_sandbox(request))?;
         Ok(())

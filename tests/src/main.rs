@@ -29,6 +29,7 @@ mod server;
 mod site;
 mod suites;
 mod tools;
+mod torn;
 mod vm;
 
 use std::path::PathBuf;
@@ -61,6 +62,9 @@ enum Verb {
         place: Place,
         #[arg(long, value_enum, default_value = "piniond")]
         server: server::Kind,
+        /// Kill it at every system call that ends a step of a call, not at a few (many minutes).
+        #[arg(long)]
+        every: bool,
     },
     /// Many pods at once and many in sequence: nothing leaks, lists are answered meanwhile.
     Churn {
@@ -211,11 +215,13 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Critest { place: Place::Node, options } => {
             return Ok(exit_code(critest::run_in_node(&assets, &options)?));
         }
-        Verb::Crash { place: Place::Host, server } => {
-            crash::run(&assets, server, restart_budget(&assets))?;
+        Verb::Crash { place: Place::Host, server, every } => {
+            crash::run(&assets, server, restart_budget(&assets), every)?;
         }
-        Verb::Crash { place: Place::Node, server } => {
-            return in_node(&assets, &["crash", "host", "--server", server.name()]);
+        Verb::Crash { place: Place::Node, server, every } => {
+            let mut words = vec!["crash", "host", "--server", server.name()];
+            words.extend(every.then_some("--every"));
+            return in_node(&assets, &words);
         }
         Verb::Churn { place: Place::Host, server, options } => {
             churn::run(&assets, server, &options)?;

@@ -117,6 +117,13 @@ impl Server {
         command::tail(&fs::read_to_string(&self.log).unwrap_or_default(), lines)
     }
 
+    /// Whether its process has not ended.
+    pub(crate) fn alive(&mut self) -> Result<bool> {
+        // A signal that was just sent takes effect before its sender's next call, strace's not.
+        std::thread::sleep(Duration::from_millis(20));
+        Ok(self.process.try_wait().during(|| "look at the server".into())?.is_none())
+    }
+
     /// Kills the server as a power cut would: SIGKILL, nothing said.
     pub(crate) fn kill(&mut self) -> Result<()> {
         self.process.kill().during(|| "kill the server".into())?;

@@ -21,9 +21,10 @@ const IN_NODE: [Suite; 6] = [
 ];
 
 /// Everything, from a host.
-const ALL: [Suite; 10] = [
+const ALL: [Suite; 11] = [
     ("size and start of pinion", &["budget"]),
     ("critest on this machine", &["critest", "host"]),
+    ("critest over WebSocket, in parallel", &["critest", "host", "--websocket", "--parallel", "4"]),
     ("crash on this machine", &["crash", "host"]),
     ("bad input on this machine", &["badinput", "host"]),
     (
