@@ -40,6 +40,7 @@ pub(crate) const SYSTEM: Spec<'static> = Spec {
         "systemd",
     ],
     backports: false,
+    next: false,
     closure: true,
     // only maintainer scripts use them
     without: &[

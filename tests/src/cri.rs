@@ -45,6 +45,8 @@ pub(crate) struct Container {
     pub(crate) command: Vec<String>,
     /// Bind mounts: host path, container path.
     pub(crate) mounts: Vec<(PathBuf, String)>,
+    /// Mounts with more to say than that.
+    pub(crate) volumes: Vec<v1::Mount>,
     /// Limits and placement.
     pub(crate) resources: Option<v1::LinuxContainerResources>,
     /// Capabilities to add.
@@ -141,7 +143,7 @@ impl Container {
             metadata: Some(v1::ContainerMetadata { name: self.name.clone(), attempt: 0 }),
             image: Some(v1::ImageSpec { image: self.image.clone(), ..Default::default() }),
             command: self.command.clone(),
-            mounts: self.mounts.iter().map(mount).collect(),
+            mounts: self.mounts.iter().map(mount).chain(self.volumes.iter().cloned()).collect(),
             log_path: self.log(),
             devices: self
                 .devices
@@ -383,6 +385,14 @@ impl Cri {
         let image = Some(v1::ImageSpec { image: reference.into(), ..Default::default() });
         let request = v1::RemoveImageRequest { image };
         self.call(&format!("RemoveImage {reference}"), client.remove_image(request))?;
+        Ok(())
+    }
+
+    /// Removes a container.
+    pub(crate) fn remove_container(&self, id: &str) -> Result<()> {
+        let mut client = self.runtime();
+        let request = v1::RemoveContainerRequest { container_id: id.into() };
+        self.call(&format!("RemoveContainer {}", short(id)), client.remove_container(request))?;
         Ok(())
     }
 

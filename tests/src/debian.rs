@@ -15,6 +15,8 @@ use crate::command;
 use crate::error::{During, Error, Result, ensure};
 
 const RELEASE: &str = "bookworm";
+/// Debian's next release, for what [`RELEASE`] does not have.
+const NEXT: &str = "trixie";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const LIBRARY_DIRS: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 
@@ -27,6 +29,8 @@ pub(crate) struct Spec<'a> {
     pub(crate) packages: &'a [&'a str],
     /// Takes packages from backports where they are there.
     pub(crate) backports: bool,
+    /// Takes packages from Debian's next release.
+    pub(crate) next: bool,
     /// Also unpacks what the packages depend on.
     pub(crate) closure: bool,
     /// Dependencies left out, by the start of the package's name: only their maintainer
@@ -109,7 +113,9 @@ impl<'a> Archive<'a> {
 
     /// The tree, unpacked on first use.
     pub(crate) fn tree(&self, spec: &Spec<'_>) -> Result<Tree> {
-        let root = self.cache.entry(&format!("debian/{}", spec.name), &format!("{spec:?}"), {
+        // Trees that were made before there was a choice are still good.
+        let made_of = format!("{spec:?}").replace("next: false, ", "");
+        let root = self.cache.entry(&format!("debian/{}", spec.name), &made_of, {
             |dir| {
                 eprintln!("fetching {} from Debian", spec.packages.join(" "));
                 let debs = self.download(spec)?;
@@ -128,7 +134,7 @@ impl<'a> Archive<'a> {
 
     /// The package a meta package of backports stands for, such as the kernel's.
     pub(crate) fn first_dependency(&self, meta: &str) -> Result<String> {
-        let state = self.state()?;
+        let state = self.state(false)?;
         let _lock = self.cache.lock("apt")?;
         self.update(&state)?;
         let shown = command::text(
@@ -142,7 +148,7 @@ impl<'a> Archive<'a> {
     }
 
     fn download(&self, spec: &Spec<'_>) -> Result<Vec<PathBuf>> {
-        let state = self.state()?;
+        let state = self.state(spec.next)?;
         let _lock = self.cache.lock("apt")?;
         self.update(&state)?;
         let debs = state.join("debs");
@@ -168,15 +174,18 @@ impl<'a> Archive<'a> {
         Ok(found)
     }
 
-    fn state(&self) -> Result<PathBuf> {
-        let state = self.cache.path("apt");
+    fn state(&self, next: bool) -> Result<PathBuf> {
+        let state = self.cache.path(if next { "apt-next" } else { "apt" });
+        let release = if next { NEXT } else { RELEASE };
+        let suites: &[&str] = if next { &[""] } else { &["", "-updates", "-backports"] };
         for dir in ["lists/partial", "debs/partial"] {
             fs::create_dir_all(state.join(dir)).during(|| format!("create apt/{dir}"))?;
         }
         let mirror = machine_mirror()?;
-        let sources: String = ["", "-updates", "-backports"]
-            .map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {RELEASE}{suite} main\n"))
-            .concat();
+        let sources: String = suites
+            .iter()
+            .map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {release}{suite} main\n"))
+            .collect();
         for (name, text) in [("sources.list", sources.as_str()), ("status", "")] {
             let path = state.join(name);
             fs::write(&path, text).during(|| format!("write {}", path.display()))?;

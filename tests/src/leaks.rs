@@ -154,6 +154,13 @@ pub(crate) fn process_containing(words: &[&str]) -> Option<u32> {
     found.into_iter().find(|(_, line)| words.iter().all(|word| line.contains(word)))?.0.parse().ok()
 }
 
+/// All of them.
+pub(crate) fn processes_containing(words: &[&str]) -> Vec<u32> {
+    let found = command_lines();
+    let ours = found.into_iter().filter(|(_, line)| words.iter().all(|word| line.contains(word)));
+    ours.filter_map(|(pid, _)| pid.parse().ok()).collect()
+}
+
 /// Process ids and command lines; kernel threads have none and are left out.
 fn command_lines() -> Vec<(String, String)> {
     let mut found = Vec::new();

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use pinion_cri_proto::v1;
 
+use self::volumes::Volumes;
 use crate::assets::{self, Assets};
 use crate::command;
 use crate::cri::{Container, Cri, Pod};
@@ -20,6 +21,8 @@ use crate::leaks::{self, Snapshot};
 use crate::node;
 use crate::server::{Kind, Scratch};
 use crate::site::Site;
+
+mod volumes;
 
 /// The RuntimeClass handler.
 pub(crate) const HANDLER: &str = "pinion-vm";
@@ -44,20 +47,19 @@ fn site(assets: &Assets, allowed: Allowed) -> Result<Site> {
 /// Writes the drop-in, with QEMU and kernel from Debian's unpacked packages.
 fn configure(assets: &Assets, scratch: &Scratch, allowed: Allowed) -> Result<()> {
     let parts = node::guest_parts(assets.cache()?)?;
-    let wrapper = scratch.path("qemu");
-    let script = format!(
-        "#!/bin/sh\nexport QEMU_MODULE_DIR={}\nexec {} \"$@\"\n",
-        parts.qemu.root.join("usr/lib/x86_64-linux-gnu/qemu").display(),
-        command::line(&parts.qemu.command("usr/bin/qemu-system-x86_64")?)
-    );
-    write(&wrapper, &script)?;
-    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))
-        .during(|| format!("chmod {}", wrapper.display()))?;
+    let modules = parts.qemu.root.join("usr/lib/x86_64-linux-gnu/qemu");
+    let environment = format!("export QEMU_MODULE_DIR={}\n", modules.display());
+    let emulator = parts.qemu.command("usr/bin/qemu-system-x86_64")?;
+    let wrapper = script(&scratch.path("qemu"), &environment, &emulator)?;
+    let virtiofsd = parts.virtiofsd.command("usr/libexec/virtiofsd")?;
+    let virtiofsd = script(&scratch.path("virtiofsd"), "", &virtiofsd)?;
     let text = format!(
         "[vm]\nqemu = {qemu:?}\nqemu_data = [{data:?}, {bios:?}]\nkernel = {kernel:?}\n\
-         kernel_modules = {modules:?}\nagent = {agent:?}\naccelerator = \"tcg\"\n\
+         kernel_modules = {modules:?}\nagent = {agent:?}\n\
+         virtiofsd = {virtiofsd:?}\nqemu_files = [{tree:?}]\naccelerator = \"tcg\"\n\
          allow_tcg = {tcg}\nboot_seconds = 120\n",
         qemu = wrapper,
+        tree = parts.qemu.root,
         data = parts.qemu.root.join("usr/share/qemu"),
         bios = parts.qemu.root.join("usr/share/seabios"),
         kernel = parts.kernel,
@@ -68,6 +70,14 @@ fn configure(assets: &Assets, scratch: &Scratch, allowed: Allowed) -> Result<()>
     let path = scratch.path(DROP_IN);
     fs::create_dir_all(scratch.path("config.d")).during(|| "create config.d".into())?;
     write(&path, &text)
+}
+
+/// A script that executes a command of an unpacked package.
+fn script(path: &Path, before: &str, command: &std::process::Command) -> Result<PathBuf> {
+    write(path, &format!("#!/bin/sh\n{before}exec {} \"$@\"\n", command::line(command)))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+        .during(|| format!("chmod {}", path.display()))?;
+    Ok(path.to_owned())
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
@@ -92,11 +102,17 @@ pub(crate) fn run(assets: &Assets) -> Result<()> {
     let pod = vm_pod(&site, "guest")?;
     let pod_id = cri.run_pod(&pod)?;
     let holder = "echo up; exec pinion-workload wait";
-    let first = Container::new("first", catalogue::WORKLOAD, &["sh", "-c", holder]);
+    let mut first = Container::new("first", catalogue::WORKLOAD, &["sh", "-c", holder]);
+    let volumes = Volumes::make(&site)?;
+    first.volumes = volumes.mounts();
     let first_id = cri.launch(&pod_id, &pod, &first)?;
     own_kernel(&cri, &first_id)?;
     containers(&site, &cri, (&pod, &pod_id), (&first, &first_id))?;
+    jailed(&site)?;
+    volumes.seen(&cri, &first_id)?;
+    volumes.confined(&site, &cri, (&pod, &pod_id), &first_id)?;
     statistics(&cri, &first_id)?;
+    resized(&cri, &first_id)?;
     restart(&mut site, &first_id)?;
     let cri = site.connect()?;
     machine_killed(&site, &cri, &pod_id, &first_id)?;
@@ -205,11 +221,100 @@ fn containers(
     Ok(())
 }
 
+/// What the machine's process can do to the host, as the kernel says: nothing.
+fn jailed(site: &Site) -> Result<()> {
+    let pid = machine(site)?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))
+        .during(|| format!("read the status of {pid}"))?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    for (name, wanted) in [
+        ("Seccomp:", "2"),
+        ("NoNewPrivs:", "1"),
+        ("CapEff:", "0000000000000000"),
+        ("CapPrm:", "0000000000000000"),
+    ] {
+        ensure(field(name) == wanted, || format!("{name} {}", field(name)))?;
+    }
+    let users = field("Uid:");
+    ensure(users.split(' ').all(|uid| uid.len() == 10), || format!("Uid: {users}"))?;
+    for name in ["mnt", "pid", "net", "ipc", "uts"] {
+        let theirs = fs::read_link(format!("/proc/{pid}/ns/{name}"))
+            .during(|| format!("read the {name} namespace of {pid}"))?;
+        let ours = fs::read_link(format!("/proc/self/ns/{name}")).during(|| "ours".into())?;
+        ensure(theirs != ours, || format!("the {name} namespace is the host's"))?;
+    }
+    for path in ["etc/passwd", "root/.ssh", "run/pinion", "var/lib/pinion/store.redb", "home"] {
+        let path = format!("/proc/{pid}/root/{path}");
+        ensure(fs::symlink_metadata(&path).is_err(), || format!("{path} is in reach"))?;
+    }
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo"))
+        .during(|| format!("read the mounts of {pid}"))?;
+    let writable: Vec<&str> = mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(5).is_some_and(|options| !options.starts_with("ro")))
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|point| *point != "/proc" && !point.starts_with("/dev/"))
+        .collect();
+    ensure(writable.is_empty(), || format!("QEMU could write to {writable:?}"))?;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).during(|| "list fds".into())?.flatten() {
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        let target = target.to_string_lossy();
+        let known = [
+            "socket:",
+            "anon_inode:",
+            "/dev/null",
+            "/dev/net/tun",
+            "/dev/urandom",
+            "/memfd:",
+            "/dev/kvm",
+            "pipe:",
+        ];
+        let disk = target.ends_with(".ext4");
+        ensure(disk || known.iter().any(|start| target.starts_with(start)), || {
+            format!("QEMU has {target} open")
+        })?;
+    }
+    step("QEMU: a user of its own without rights, seccomp, its own namespaces, nothing to write");
+    Ok(())
+}
+
+/// The machine's process.
+fn machine(site: &Site) -> Result<u32> {
+    let image = site.scratch.path("root/vm/images").display().to_string();
+    leaks::process_containing(&["pinion-guest", "-nodefaults", &image])
+        .ok_or_else(|| Error::check("the machine's process is not there"))
+}
+
 /// Numbers of the guest's own cgroups.
 fn statistics(cri: &Cri, id: &str) -> Result<()> {
     let memory = cri.memory_used(id)?;
     ensure(memory > 0, || "the container uses no memory".into())?;
     step(&format!("statistics from inside: {memory} bytes of memory"));
+    Ok(())
+}
+
+/// New limits reach the guest's kernel; more memory than the machine has is refused.
+fn resized(cri: &Cri, id: &str) -> Result<()> {
+    let limit = 64 << 20;
+    let asked = v1::LinuxContainerResources {
+        cpu_shares: 2048,
+        memory_limit_in_bytes: limit,
+        ..Default::default()
+    };
+    cri.update(id, asked.clone())?;
+    let said = cri.exec(id, &["cat", "/sys/fs/cgroup/memory.max"])?.stdout;
+    ensure(said.trim() == limit.to_string(), || format!("memory.max is {said:?}"))?;
+    let much = v1::LinuxContainerResources { memory_limit_in_bytes: 1 << 40, ..asked };
+    match cri.update(id, much) {
+        Err(Error::Rpc { message, .. }) => {
+            ensure(message.contains("cannot grow"), || message.clone())?;
+        }
+        other => return Err(Error::check(format!("a terabyte was given: {other:?}"))),
+    }
+    step("a resize reaches the guest; one beyond the machine is refused");
     Ok(())
 }
 
@@ -226,10 +331,7 @@ fn restart(site: &mut Site, id: &str) -> Result<()> {
 
 /// The machine dies: its containers have ended, with a reason, at once.
 fn machine_killed(site: &Site, cri: &Cri, pod_id: &str, id: &str) -> Result<()> {
-    let image = site.scratch.path("root/vm/images").display().to_string();
-    let pid = leaks::process_containing(&["pinion-guest", &image])
-        .ok_or_else(|| Error::check("the machine's process is not there"))?;
-    kill(pid)?;
+    kill(machine(site)?)?;
     let killed = Instant::now();
     let ended = cri.wait_exited(id, Duration::from_secs(2))?;
     let took = killed.elapsed();

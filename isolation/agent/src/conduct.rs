@@ -14,7 +14,7 @@ use pinion_monitor_proto::message::{self, Attach, Create, Done, Exec, Request, R
 
 use crate::bridge::{Word, Words};
 use crate::error::{Context, Error};
-use crate::{CORE, rootfs, usage};
+use crate::{CORE, rootfs, share, usage};
 
 /// How long a connection to a port of the guest may take.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -45,6 +45,7 @@ pub(crate) fn conduct(mut conduct: Conduct) {
             execute(&mut conduct, exec, |started| answer(started, Vec::new()))
         }
         Some(Verb::Delete(delete)) => delete_container(&delete),
+        Some(Verb::Update(update)) => change_limits(&conduct, &update.id),
         Some(Verb::Usage(asked)) => usage::read(&asked.ids).map(Outcome::Usage),
         Some(Verb::Dial(dial)) => connect(&conduct, dial.port),
         Some(verb @ (Verb::Start(_) | Verb::Signal(_) | Verb::KillExec(_) | Verb::Resize(_))) => {
@@ -93,10 +94,12 @@ fn create_container(conduct: &mut Conduct, create: &Create) -> Result<Outcome, E
     let id = create.id.clone();
     check_id(&id)?;
     let created = rootfs::mount_rootfs(&id, &create.disk)
+        .and_then(|()| share::enter(&create.shares))
         .and_then(|()| write(&id, "config.json", &conduct.call.document))
         .and_then(|()| create_in_core(conduct, create));
     if !matches!(created, Ok(Outcome::Created(_))) {
         drop(rootfs::remove(&id));
+        share::leave(&id);
     }
     created
 }
@@ -115,6 +118,7 @@ fn create_in_core(conduct: &mut Conduct, create: &Create) -> Result<Outcome, Err
         cgroup: format!("/sys/fs/cgroup{}", usage::cgroup_path(&id)),
         memory_cgroup: String::new(),
         disk: String::new(),
+        shares: Vec::new(),
         ..create.clone()
     };
     let mut core = core()?;
@@ -145,8 +149,18 @@ fn delete_container(delete: &message::Delete) -> Result<Outcome, Error> {
     let outcome = ask(&mut core()?, Verb::Delete(delete.clone()), &[])?;
     if matches!(outcome, Outcome::Done(_)) {
         rootfs::remove(&delete.id)?;
+        share::leave(&delete.id);
     }
     Ok(outcome)
+}
+
+/// Changes a container's limits to those of the call's document.
+fn change_limits(conduct: &Conduct, id: &str) -> Result<Outcome, Error> {
+    check_id(id)?;
+    let name = "resources.json";
+    write(id, name, &conduct.call.document)?;
+    let resources = rootfs::directory(id).join(name).to_string_lossy().into_owned();
+    ask(&mut core()?, Verb::Update(message::Update { id: id.to_owned(), resources }), &[])
 }
 
 /// Runs a process in a container: says when it runs, and returns how it ended.

@@ -17,6 +17,7 @@ mod conduct;
 mod error;
 mod rootfs;
 mod setup;
+mod share;
 mod usage;
 
 use std::io::Write;

@@ -10,12 +10,10 @@ use pinion_monitor_proto::guest::{AgentHello, File, Interface, Setup, Sysctl};
 use rustix::mount::{MountFlags, mount};
 
 use crate::error::{Context, Error};
+use crate::share;
 
 /// The pod's files.
 const POD: &str = "/run/pinion/pod";
-/// What of the host the guest can see.
-const SHARE: &str = "/run/pinion/share";
-
 /// Who and what this guest is.
 pub(crate) fn hello() -> Result<AgentHello, Error> {
     let boot_id = "/proc/sys/kernel/random/boot_id";
@@ -48,10 +46,7 @@ pub(crate) fn apply(setup: &Setup) -> Result<(), Error> {
     let flags = MountFlags::NOEXEC | MountFlags::NOSUID | MountFlags::NODEV;
     mount("shm", &shm, "tmpfs", flags, data.as_c_str()).context(|| format!("mount {shm}"))?;
     if setup.share {
-        fs::create_dir_all(SHARE).context(|| format!("create {SHARE}"))?;
-        let options = c"trans=virtio,version=9p2000.L,cache=none,access=any,msize=262144";
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        mount("share", SHARE, "9p", flags, options).context(|| format!("mount {SHARE}"))?;
+        share::mount()?;
     }
     network(&setup.interfaces)?;
     setup.sysctls.iter().try_for_each(sysctl)

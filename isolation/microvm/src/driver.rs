@@ -29,6 +29,8 @@ pub struct Ends {
     pub control: RawFd,
     /// A stream socket: what the guest kernel says.
     pub console: RawFd,
+    /// A stream socket: where the files of the host are served.
+    pub share: Option<RawFd>,
     /// Network interfaces.
     pub taps: Vec<Tap>,
 }

@@ -25,7 +25,7 @@ use crate::kernel::Kernel;
 use crate::modules;
 
 /// Raised when images are made differently from the same inputs.
-const REVISION: u32 = 1;
+const REVISION: u32 = 2;
 
 /// Modules a guest loads, in this order where they do not need each other. A kernel that has
 /// one built in needs no file for it.
@@ -38,8 +38,7 @@ const MODULES: &[&str] = &[
     "crc32c_generic",
     "ext4",
     "overlay",
-    "9p",
-    "9pnet_virtio",
+    "virtiofs",
 ];
 
 /// Where the agent finds its modules, and a file that names them in order.

@@ -74,7 +74,4 @@ pub struct Machine {
     /// Of what the memory is made; ordinary pages if not said.
     #[serde(default)]
     pub huge: Option<HugeMemory>,
-    /// A directory the guest sees by the 9p protocol under the tag `share`.
-    #[serde(default)]
-    pub share: Option<PathBuf>,
 }

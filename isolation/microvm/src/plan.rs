@@ -26,6 +26,12 @@ pub struct Plan {
     /// CPUs the machine's process starts on, such as `0-1`; all when empty.
     #[serde(default)]
     pub cpus: String,
+    /// Where the machine's process is confined to; the host's root without it.
+    #[serde(default)]
+    pub jail: Option<Jail>,
+    /// Serves files of the host to the guest; none without it.
+    #[serde(default)]
+    pub share: Option<Share>,
     /// The guest's host name.
     pub hostname: String,
     /// Files of the pod that are copied into the guest, by their names.
@@ -38,6 +44,30 @@ pub struct Plan {
     pub shm_bytes: u64,
     /// Milliseconds until the guest must be ready.
     pub boot_limit: u64,
+}
+
+/// What the machine's process sees of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jail {
+    /// An empty directory, which becomes its root.
+    pub root: PathBuf,
+    /// Files and directories that it finds there under their own names, read-only.
+    pub visible: Vec<PathBuf>,
+    /// The one group that it keeps besides its own, for a device it opens.
+    #[serde(default)]
+    pub group: Option<u32>,
+}
+
+/// How files of the host are served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// `virtiofsd`, 1.10 or later.
+    pub program: PathBuf,
+    /// An empty directory: where the process has what it shares, in a mount namespace of its
+    /// own.
+    pub directory: PathBuf,
 }
 
 impl Plan {

@@ -11,7 +11,7 @@
 //! | virtio-rng | entropy |
 //! | pci-bridge | slots that disks are plugged into while it runs |
 //! | virtio-net per interface | the pod's network |
-//! | virtio-9p | volumes, where there are any |
+//! | vhost-user-fs | volumes: files of the host, served by a process of their own |
 
 use std::ffi::OsString;
 
@@ -132,14 +132,9 @@ fn arguments(machine: &Machine, ends: &Ends) -> Vec<OsString> {
             ),
         );
     }
-    if let Some(share) = &machine.share {
-        // A comma ends an option's value; two are one comma.
-        let path = share.to_string_lossy().replace(',', ",,");
-        line.add(
-            "-fsdev",
-            format!("local,id=share,path={path},security_model=passthrough,multidevs=remap"),
-        );
-        line.add("-device", "virtio-9p-pci,fsdev=share,mount_tag=share,disable-legacy=on");
+    if let Some(fd) = ends.share {
+        line.add("-chardev", format!("socket,id=share,fd={fd}"));
+        line.add("-device", "vhost-user-fs-pci,chardev=share,tag=share,queue-size=512");
     }
     line.words.push("-kernel".into());
     line.words.push(machine.kernel.clone().into());
@@ -224,13 +219,12 @@ mod tests {
             processors: Processors { count: 4, threads: 2 },
             memory: 256,
             huge: None,
-            share: None,
         }
     }
 
     fn line(machine: &Machine) -> String {
         let tap = Tap { fd: 13, mac: [2, 0, 0, 0, 0, 0x1f], mtu: 1450 };
-        let ends = Ends { agent: 10, control: 11, console: 12, taps: vec![tap] };
+        let ends = Ends { agent: 10, control: 11, console: 12, taps: vec![tap], share: None };
         let launch = Qemu.launch(machine, &ends);
         launch.arguments.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
     }
@@ -250,7 +244,7 @@ mod tests {
         ] {
             assert!(line.contains(word), "{word} in {line}");
         }
-        for word in ["fsdev", "hugetlb", "-drive", "no_timer_check", "format=qcow2"] {
+        for word in ["fsdev", "vhost-user", "hugetlb", "-drive", "no_timer_check", "format=qcow2"] {
             assert!(!line.contains(word), "{word} in {line}");
         }
     }
@@ -262,12 +256,6 @@ mod tests {
         let backend = "share=on,prealloc=on,hugetlb=on,hugetlbsize=2097152,\
                        host-nodes=0,host-nodes=2-3,policy=bind";
         assert!(line.contains(backend), "{line}");
-    }
-
-    #[test]
-    fn a_comma_in_a_path_ends_no_option() {
-        let line = line(&Machine { share: Some("/a,readonly=off".into()), ..machine() });
-        assert!(line.contains("path=/a,,readonly=off,security_model"), "{line}");
     }
 
     #[test]

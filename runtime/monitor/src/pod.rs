@@ -48,6 +48,8 @@ enum Child {
     Exec(Key),
     /// The virtual machine.
     Machine,
+    /// The process that serves files to it.
+    Share,
 }
 
 /// A container and what we keep for it.

@@ -48,6 +48,11 @@ pub enum Verb<'a> {
         /// Kill it first.
         force: bool,
     },
+    /// Change its limits.
+    Update {
+        /// OCI resources as JSON.
+        resources: &'a Path,
+    },
     /// Run another process in it.
     Exec {
         /// OCI process JSON.
@@ -68,6 +73,7 @@ impl Verb<'_> {
             Self::Start => "start",
             Self::Kill { .. } => "kill",
             Self::Delete { .. } => "delete",
+            Self::Update { .. } => "update",
             Self::Exec { .. } => "exec",
         }
     }
@@ -104,6 +110,7 @@ pub fn arguments(options: &Options, log: &Path, id: &str, verb: &Verb<'_>) -> Ve
             signal_argument = Some(OsStr::new(&signal_text));
         }
         Verb::Delete { force } => line.extend(force.then_some(OsStr::new("--force"))),
+        Verb::Update { resources } => line.extend(["--resources".as_ref(), resources.as_os_str()]),
         Verb::Exec { process, pid_file, console } => {
             line.extend(["--detach".as_ref(), "--process".as_ref(), process.as_os_str()]);
             line.extend(["--pid-file".as_ref(), pid_file.as_os_str()]);

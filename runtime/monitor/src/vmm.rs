@@ -19,8 +19,10 @@ use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_s
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use pinion_microvm::driver::Launch;
-use pinion_microvm::plan::Plan;
+use pinion_microvm::plan::{Jail, Plan};
 use rustix::io::fcntl_dupfd_cloexec;
+
+use crate::{jail, share};
 
 /// The first argument of the step between.
 pub const BECOME: &str = "--become-machine";
@@ -28,21 +30,72 @@ pub const BECOME: &str = "--become-machine";
 /// Descriptors are moved above this before they are put where the machine expects them.
 const OUT_OF_THE_WAY: i32 = 200;
 
+/// Where a process starts.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Place<'a> {
+    /// Directories of cgroups that it enters.
+    pub cgroups: &'a [PathBuf],
+    /// User and group that it becomes.
+    pub user: Option<(u32, u32)>,
+    /// CPUs that it starts on; all when empty.
+    pub cpus: &'a str,
+    /// Confined to this.
+    pub jail: Option<&'a Jail>,
+    /// In a mount namespace of its own, with descriptor 3, a mount, at this directory.
+    pub tree: Option<&'a Path>,
+}
+
+impl<'a> Place<'a> {
+    /// That of a plan's machine.
+    #[must_use]
+    pub fn of_machine(plan: &'a Plan) -> Self {
+        Self {
+            cgroups: &plan.cgroups,
+            user: plan.user,
+            cpus: &plan.cpus,
+            jail: plan.jail.as_ref(),
+            tree: None,
+        }
+    }
+
+    /// That of the process that serves files to a plan's machine.
+    #[must_use]
+    pub fn of_share(plan: &'a Plan, directory: &'a Path) -> Self {
+        Self { user: None, jail: None, tree: Some(directory), ..Self::of_machine(plan) }
+    }
+}
+
 /// The command line of the step between.
-fn command(plan: &Plan, launch: &Launch, parent: i32) -> Vec<CString> {
+fn command(place: &Place<'_>, launch: &Launch, parent: i32) -> Vec<CString> {
     let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
     let mut words: Vec<OsString> = vec![program.into(), BECOME.into(), parent.to_string().into()];
-    for directory in &plan.cgroups {
+    for directory in place.cgroups {
         words.push("--cgroup".into());
         words.push(directory.into());
     }
-    if let Some((uid, gid)) = plan.user {
+    if let Some((uid, gid)) = place.user {
         words.push("--user".into());
         words.push(format!("{uid}:{gid}").into());
     }
-    if !plan.cpus.is_empty() {
+    if !place.cpus.is_empty() {
         words.push("--cpus".into());
-        words.push(plan.cpus.clone().into());
+        words.push(place.cpus.into());
+    }
+    if let Some(jail) = place.jail {
+        words.push("--jail".into());
+        words.push(jail.root.clone().into());
+        for path in &jail.visible {
+            words.push("--see".into());
+            words.push(path.into());
+        }
+        if let Some(group) = jail.group {
+            words.push("--group".into());
+            words.push(group.to_string().into());
+        }
+    }
+    if let Some(directory) = place.tree {
+        words.push("--tree".into());
+        words.push(directory.into());
     }
     words.push("--".into());
     words.push(launch.program.clone().into());
@@ -56,7 +109,7 @@ fn command(plan: &Plan, launch: &Launch, parent: i32) -> Vec<CString> {
 /// # Errors
 /// Those of fcntl(2) and posix_spawn(3).
 pub fn start(
-    plan: &Plan,
+    place: &Place<'_>,
     launch: &Launch,
     ends: &[OwnedFd],
     null: BorrowedFd<'_>,
@@ -78,14 +131,21 @@ pub fn start(
     attributes.set_flags(
         PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK,
     )?;
-    let command = command(plan, launch, rustix::process::getpid().as_raw_nonzero().get());
+    let command = command(place, launch, rustix::process::getpid().as_raw_nonzero().get());
     let mut environment = vec![CString::new("PATH=/usr/sbin:/usr/bin:/sbin:/bin")?];
     for (name, value) in &launch.environment {
         let pair = [name.as_bytes(), b"=", value.as_os_str().as_bytes()].concat();
         environment.push(CString::new(pair)?);
     }
     let program = command.first().ok_or(io::ErrorKind::InvalidInput)?;
-    let pid = posix_spawn(program.as_c_str(), &actions, &attributes, &command, &environment)?;
+    let spawn = || {
+        let pid = posix_spawn(program.as_c_str(), &actions, &attributes, &command, &environment)?;
+        Ok::<_, io::Error>(pid)
+    };
+    let pid = match place.jail {
+        Some(_) => jail::in_new_pid_namespace(spawn)?,
+        None => spawn()?,
+    };
     Ok(pid.as_raw())
 }
 
@@ -96,6 +156,10 @@ struct Orders {
     cgroups: Vec<PathBuf>,
     user: Option<(u32, u32)>,
     cpus: Option<String>,
+    jail: Option<PathBuf>,
+    visible: Vec<PathBuf>,
+    groups: Vec<u32>,
+    tree: Option<PathBuf>,
     command: Vec<OsString>,
 }
 
@@ -122,6 +186,10 @@ fn parse(mut arguments: impl Iterator<Item = OsString>) -> Option<Orders> {
                 let (uid, gid) = text.split_once(':')?;
                 orders.user = Some((uid.parse().ok()?, gid.parse().ok()?));
             }
+            "--jail" => orders.jail = Some(arguments.next()?.into()),
+            "--see" => orders.visible.push(arguments.next()?.into()),
+            "--group" => orders.groups.push(arguments.next()?.to_str()?.parse().ok()?),
+            "--tree" => orders.tree = Some(arguments.next()?.into()),
             "--cpus" => orders.cpus = Some(arguments.next()?.into_string().ok()?),
             "--" => {
                 orders.command = arguments.collect();
@@ -146,17 +214,30 @@ fn carry_out(orders: &Orders) -> Result<std::convert::Infallible, (String, io::E
         mask.and_then(|mask| pinion_sys::process::set_affinity(&mask))
             .map_err(step(&format!("run on CPUs {cpus}")))?;
     }
+    if let Some(directory) = &orders.tree {
+        unshare_mounts().map_err(step("make a mount namespace"))?;
+        share::place_tree(directory)
+            .map_err(step(&format!("mount what is shared at {}", directory.display())))?;
+    }
+    if let Some(root) = &orders.jail {
+        jail::enter(root, orders.visible.iter().map(PathBuf::as_path))?;
+    }
     // No core file with the guest's memory in it.
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(|e| step("limit core files")(e.into()))?;
     nix::sys::prctl::set_no_new_privs().map_err(|e| step("set no_new_privs")(e.into()))?;
     if let Some((uid, gid)) = orders.user {
-        pinion_sys::process::set_groups(&[]).map_err(step("leave all groups"))?;
+        pinion_sys::process::set_groups(&orders.groups).map_err(step("leave all groups"))?;
         pinion_sys::process::set_ids(uid, gid).map_err(step(&format!("become user {uid}")))?;
     }
     // After the change of user, which would have cleared it.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|e| step("ask to die with the monitor")(e.into()))?;
-    if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get()) != Some(orders.parent) {
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+    let orphaned = match orders.jail {
+        Some(_) => !jail::monitor_lives(),
+        None => parent != Some(orders.parent),
+    };
+    if orphaned {
         return Err(("the monitor is gone".into(), io::ErrorKind::NotFound.into()));
     }
     let text = |bytes: Vec<u8>| CString::new(bytes).unwrap_or_default();
@@ -168,6 +249,14 @@ fn carry_out(orders: &Orders) -> Result<std::convert::Infallible, (String, io::E
     let program = words.first().cloned().unwrap_or_default();
     nix::unistd::execve(&program, &words, &environment)
         .map_err(|error| (format!("execute {program:?}"), error.into()))
+}
+
+/// A mount namespace of its own: nothing that is mounted from now on is seen elsewhere, nor
+/// the other way round.
+fn unshare_mounts() -> io::Result<()> {
+    use rustix::mount::{MountPropagationFlags, mount_change};
+    pinion_sys::clone::unshare(libc::CLONE_NEWNS as u64)?;
+    Ok(mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?)
 }
 
 fn enter(directory: &Path) -> io::Result<()> {

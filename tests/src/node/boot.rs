@@ -19,14 +19,27 @@ const QEMU: Spec<'static> = Spec {
     packages: &["qemu-system-x86", "seabios"],
     // 10.0; bookworm's own 7.2 makes this kernel panic with eight CPUs
     backports: true,
+    next: false,
     closure: true,
     without: &["adduser", "passwd", "debconf", "perl"],
+};
+
+const VIRTIOFSD: Spec<'static> = Spec {
+    name: "virtiofsd",
+    packages: &["virtiofsd"],
+    backports: false,
+    // bookworm has the older one in C only, with other options
+    next: true,
+    closure: true,
+    // Only for users other than root.
+    without: &["debconf", "uidmap", "libsubid", "libpam", "libselinux", "libsemanage", "libsepol"],
 };
 
 const STATIC_BUSYBOX: Spec<'static> = Spec {
     name: "busybox-static",
     packages: &["busybox-static"],
     backports: false,
+    next: false,
     closure: false,
     without: &[],
 };
@@ -102,13 +115,20 @@ pub(crate) struct GuestParts {
     pub(crate) kernel: PathBuf,
     /// Its modules.
     pub(crate) modules: PathBuf,
+    /// virtiofsd.
+    pub(crate) virtiofsd: Tree,
 }
 
 /// Fetches what is not in the cache.
 pub(crate) fn guest_parts(cache: &Cache) -> Result<GuestParts> {
     let archive = Archive::new(cache);
     let kernel = Kernel::find(&kernel_tree(cache, &archive)?)?;
-    Ok(GuestParts { qemu: archive.tree(&QEMU)?, kernel: kernel.image, modules: kernel.modules })
+    Ok(GuestParts {
+        qemu: archive.tree(&QEMU)?,
+        kernel: kernel.image,
+        modules: kernel.modules,
+        virtiofsd: archive.tree(&VIRTIOFSD)?,
+    })
 }
 
 /// The kernel's package. Its name carries the version, so it is looked up once and kept.
@@ -126,6 +146,7 @@ fn kernel_tree(cache: &Cache, archive: &Archive<'_>) -> Result<Tree> {
         name: "kernel",
         packages: &[package.as_str()],
         backports: false,
+        next: false,
         closure: false,
         without: &[],
     })

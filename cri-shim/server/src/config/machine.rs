@@ -39,6 +39,9 @@ pub struct Vm {
     pub qemu_data: Vec<PathBuf>,
     /// QEMU's loadable parts, where they are not in its own place.
     pub qemu_modules: PathBuf,
+    /// Files and directories that QEMU needs besides `/usr`, `/lib*` and `/bin`: it sees
+    /// nothing else of this host.
+    pub qemu_files: Vec<PathBuf>,
     /// The guests' kernel, a bzImage or ELF; the newest `/boot/vmlinuz-*` when empty.
     pub kernel: PathBuf,
     /// Its modules; `/lib/modules/<release>` when empty.
@@ -49,6 +52,9 @@ pub struct Vm {
     pub runtime: PathBuf,
     /// `mke2fs`, which writes root filesystems as disks; found likewise when empty.
     pub mke2fs: PathBuf,
+    /// `virtiofsd` (1.10 or later), which serves volumes; found likewise, or at
+    /// `/usr/libexec/virtiofsd`, when empty. Without it pods have no volumes.
+    pub virtiofsd: PathBuf,
     /// How guests are executed. `auto`: by KVM where a guest comes up under it, else by
     /// translation where `allow_tcg` says so.
     pub accelerator: VmAccelerator,
@@ -70,11 +76,13 @@ impl Default for Vm {
             qemu: PathBuf::new(),
             qemu_data: Vec::new(),
             qemu_modules: PathBuf::new(),
+            qemu_files: Vec::new(),
             kernel: PathBuf::new(),
             kernel_modules: PathBuf::new(),
             agent: PathBuf::new(),
             runtime: PathBuf::new(),
             mke2fs: PathBuf::new(),
+            virtiofsd: PathBuf::new(),
             accelerator: VmAccelerator::Auto,
             allow_tcg: false,
             kvm_probe_seconds: 15,

@@ -169,6 +169,16 @@ impl Client {
         self.done("reopen log", Verb::ReopenLog(message::ReopenLog { id: id.into() })).await
     }
 
+    /// Changes a container's limits to the OCI resources in a file.
+    pub(crate) async fn update(&self, id: &str, resources: &std::path::Path) -> Result<()> {
+        let resources = resources.to_string_lossy().into_owned();
+        let update = Verb::Update(message::Update { id: id.to_string(), resources });
+        match self.call(update, Vec::new()).await? {
+            Outcome::Done(_) => Ok(()),
+            other => Err(unexpected("update", &other)),
+        }
+    }
+
     /// What containers in the pod's guest use.
     pub(crate) async fn usage(&self, usage: message::Usage) -> Result<message::UsageReply> {
         match self.call(Verb::Usage(usage), Vec::new()).await? {

@@ -254,6 +254,14 @@ async fn steps(
         finish(context, Finished::as_planned(built, planned)?, volumes, devices).await?;
     let planned = &planned;
     let (node, pod) = (&context.node, &context.sandbox.id);
+    // Last, so that what plugins mount is carried into the guest like the rest.
+    let (config, shares) = match &context.sandbox.guest {
+        None => (config, Vec::new()),
+        Some(_) => {
+            let id = planned.id.clone();
+            blocking(move || vm::adapt_config(config, &id)).await?
+        }
+    };
     write_config(&node.paths.pod(pod).container(&planned.id), &config)?;
     for warning in &built.warnings {
         tracing::warn!(container = planned.id, warning, "not as asked");
@@ -298,6 +306,7 @@ async fn steps(
             cgroup: if v2 { text(paths.unified.as_ref()) } else { String::new() },
             memory_cgroup: if v2 { String::new() } else { text(paths.v1.get("memory")) },
             disk,
+            shares,
         })
         .await?;
     nri::post_create(node, &context.sandbox, &created).await;
@@ -455,9 +464,6 @@ fn build(
     devices::raise_memlock(node, record, &nodes, &mut built.spec)?;
     if Wishes::read(&context.sandbox.config.annotations, record.name())?.mount {
         hugepages::add_mounts(&record.contract.hugepages, &mut built.spec)?;
-    }
-    if context.sandbox.guest.is_some() {
-        built.spec = vm::adapt(built.spec, &record.id)?;
     }
     Ok((built, nodes))
 }

@@ -41,6 +41,7 @@ pub(crate) use actor::{Seed, spawn};
 pub(crate) use bring_up::run;
 pub(crate) use create::spec_error;
 pub(crate) use network::namespaces_pinned;
+pub(crate) use operations::Context;
 pub(crate) use reconnect::{Reconnected, no_monitor, reconnect};
 pub(crate) use release::{Release, all as release_all};
 

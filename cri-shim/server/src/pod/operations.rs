@@ -18,7 +18,7 @@ use crate::record::{Container, Holding, Phase, Sandbox};
 use crate::services::blocking;
 use crate::signals::KILL;
 use crate::ticket::Completion;
-use crate::{checkpoint, ids, nri, resources};
+use crate::{checkpoint, ids, nri, resources, vm};
 
 /// What every operation starts from: copies of the state when it began.
 #[derive(Debug, Clone)]
@@ -248,10 +248,6 @@ pub(crate) async fn update(
         if record.exit.is_some() {
             return Err(state_error(&record, "has exited"));
         }
-        if context.sandbox.guest.is_some() {
-            let why = "is in a guest, where limits cannot be changed while it runs";
-            return Err(state_error(&record, why));
-        }
         let Change { resources: change, told } = change;
         let change = match told {
             true => change,
@@ -262,7 +258,10 @@ pub(crate) async fn update(
         let moved = contract::resized(&record.contract, &wanted)?;
         let grants =
             contract::hugepages::regrant(&context.node, &id, &record.cgroups_path, &moved).await?;
-        let updated = context.node.programs.update(&id, &resources::to_oci(&change)?).await;
+        let updated = match &context.sandbox.guest {
+            None => context.node.programs.update(&id, &resources::to_oci(&change)?).await,
+            Some(guest) => vm::update(&context, guest, &id, &change).await,
+        };
         if let Err(error) = updated {
             contract::hugepages::put_back(&context.node, &id, grants).await?;
             return Err(error);

@@ -16,6 +16,7 @@ use pinion_microvm::machine::{Accelerator, Emulator, Machine, Processors};
 use pinion_microvm::plan::Plan;
 use tokio::sync::mpsc;
 
+use super::machine::jail;
 use super::{Machines, Prepared};
 use crate::config::{Vm, VmAccelerator};
 use crate::error::{Context, Error, Kind, Result};
@@ -23,6 +24,9 @@ use crate::monitor::{self, Client};
 use crate::node::Node;
 use crate::programs::find;
 use crate::services::blocking;
+
+/// The user that a trial guest runs as.
+const PROBE_USER: u32 = 0x6fff_ffff;
 
 impl Machines {
     /// What guests start with. Made on first use; a failure is tried again.
@@ -81,9 +85,24 @@ fn gather(node: &Node) -> Result<Prepared> {
         kernel: image.kernel_path(&directory),
         initramfs: image.initramfs_path(&directory),
         image,
+        files: file_server(config)?,
+        visible: config.qemu_files.clone(),
         emulator: Emulator { program, firmware: config.qemu_data.clone(), modules },
         accelerator: Accelerator::Tcg,
     })
+}
+
+/// virtiofsd, which Debian keeps out of `PATH`. Without it pods have no volumes; one that is
+/// configured must be there.
+fn file_server(config: &Vm) -> Result<Option<PathBuf>> {
+    let place = Path::new("/usr/libexec/virtiofsd");
+    match find(&config.virtiofsd, "virtiofsd", "vm.virtiofsd") {
+        Ok(program) => Ok(Some(program)),
+        Err(_) if config.virtiofsd.as_os_str().is_empty() => {
+            Ok(place.is_file().then(|| place.to_path_buf()))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// KVM where a guest comes up under it; else TCG where that is allowed; else a refusal.
@@ -152,12 +171,13 @@ async fn probe(node: &Arc<Node>, prepared: &Prepared) -> Result<()> {
             processors: Processors { count: 1, threads: 1 },
             memory: 128,
             huge: None,
-            share: None,
         },
         namespace: None,
         cgroups: Vec::new(),
-        user: None,
+        user: Some((PROBE_USER, PROBE_USER)),
         cpus: String::new(),
+        jail: Some(jail(prepared, Accelerator::Kvm, directory.join("jail"))?),
+        share: None,
         hostname: "probe".into(),
         files: Vec::new(),
         sysctls: Vec::new(),

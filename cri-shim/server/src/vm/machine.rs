@@ -4,8 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use pinion_cri_proto::v1::{LinuxContainerResources, NamespaceMode};
-use pinion_microvm::machine::{Machine, Processors};
-use pinion_microvm::plan::Plan;
+use pinion_microvm::machine::{Accelerator, Machine, Processors};
+use pinion_microvm::plan::{Jail, Plan, Share};
 
 use super::{Guest, Prepared};
 use crate::annotations::MachineWishes;
@@ -66,12 +66,16 @@ pub(crate) fn write_plan(node: &Node, sandbox: &Sandbox, prepared: &Prepared) ->
             processors: Processors { count: size.cpus, threads: 1 },
             memory: size.memory,
             huge: None,
-            share: None,
         },
         namespace: Some(directory.namespaces().join("net")),
         cgroups: node.cgroups.make_machine(&sandbox.cgroup_parent)?,
-        user: None,
+        user: Some((user(&sandbox.id), user(&sandbox.id))),
         cpus: String::new(),
+        jail: Some(jail(prepared, prepared.accelerator, directory.path().join("jail"))?),
+        share: prepared
+            .files
+            .clone()
+            .map(|program| Share { program, directory: directory.path().join("share") }),
         hostname,
         files: vec![directory.hosts(), directory.hostname(), directory.resolv_conf()],
         sysctls: sysctls.map(|s| (s.path.to_string_lossy().into_owned(), s.value)).collect(),
@@ -82,6 +86,45 @@ pub(crate) fn write_plan(node: &Node, sandbox: &Sandbox, prepared: &Prepared) ->
     let what = || format!("write {}", path.display());
     let json = serde_json::to_vec_pretty(&plan).context(what)?;
     pinion_sys::atomic_file::write_volatile(&path, &json, 0o600).context(what)
+}
+
+/// The user that a pod's machine runs as: one of sixteen million that nobody else has, so that
+/// machines can neither signal nor trace each other. Pure.
+fn user(pod: &str) -> u32 {
+    const FIRST: u32 = 0x7000_0000;
+    let digits = pod.get(..6).unwrap_or_default();
+    FIRST + u32::from_str_radix(digits, 16).unwrap_or(0)
+}
+
+/// What a machine sees of the host: its program, libraries, firmware, kernel and initramfs.
+pub(super) fn jail(prepared: &Prepared, how: Accelerator, root: PathBuf) -> Result<Jail> {
+    fs::create_dir_all(&root).context(|| format!("create {}", root.display()))?;
+    let emulator = &prepared.emulator;
+    let mut visible: Vec<PathBuf> = [
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/bin",
+        "/sbin",
+        "/etc/ld.so.cache",
+        "/dev/null",
+        "/dev/urandom",
+    ]
+    .map(PathBuf::from)
+    .to_vec();
+    visible.extend(emulator.firmware.iter().cloned());
+    visible.extend(emulator.modules.clone());
+    visible.extend(prepared.visible.iter().cloned());
+    visible.extend([&emulator.program, &prepared.kernel, &prepared.initramfs].map(Clone::clone));
+    let mut group = None;
+    if how == Accelerator::Kvm {
+        use std::os::unix::fs::MetadataExt;
+        let device = PathBuf::from("/dev/kvm");
+        let metadata = fs::metadata(&device).context(|| "stat /dev/kvm".to_string())?;
+        group = Some(metadata.gid());
+        visible.push(device);
+    }
+    Ok(Jail { root, visible, group })
 }
 
 /// Processors and MiB of memory.

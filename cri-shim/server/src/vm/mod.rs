@@ -15,6 +15,7 @@ mod accelerator;
 mod disk;
 mod machine;
 mod receipt;
+mod resize;
 mod spec;
 mod usage;
 
@@ -29,7 +30,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) use disk::ensure as ensure_disk;
 pub(crate) use machine::{check, plan_path, verify, write_plan};
 pub(crate) use receipt::receipt;
-pub(crate) use spec::{adapt, lend};
+pub(crate) use resize::update;
+pub(crate) use spec::{adapt_config, lend};
 pub(crate) use usage::{Usages, read as read_usages};
 
 /// The guest of a pod, as its record keeps it.
@@ -80,6 +82,10 @@ pub(crate) struct Prepared {
     kernel: PathBuf,
     initramfs: PathBuf,
     emulator: Emulator,
+    /// What else the machine's process must see of the host.
+    visible: Vec<PathBuf>,
+    /// What serves files to guests.
+    files: Option<PathBuf>,
     accelerator: Accelerator,
 }
 

@@ -7,9 +7,11 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType as Namespace, Mount, Spec};
+use pinion_monitor_proto::message::Share;
 use pinion_spec::{PodNamespaces, PodPaths};
+use serde_json::Value;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// Files of the pod in the guest.
 const POD: &str = "/run/pinion/pod";
@@ -33,16 +35,50 @@ pub(crate) fn lend() -> PodPaths {
     }
 }
 
-/// Turns a configuration for the host into one for the guest. Pure.
-pub(crate) fn adapt(mut spec: Spec, id: &str) -> Result<Spec> {
+/// What is shared with the guest, in the guest.
+const SHARE: &str = "/run/pinion/share";
+
+/// [`adapt`] for a configuration as JSON, with a look at what it shares. Blocks.
+pub(crate) fn adapt_config(config: Value, id: &str) -> Result<(Value, Vec<Share>)> {
+    let what = || format!("adapt the configuration of {id}");
+    let (spec, shares) = adapt(serde_json::from_value(config).context(what)?, id)?;
+    for share in &shares {
+        check_source(share)?;
+    }
+    Ok((serde_json::to_value(spec).context(what)?, shares))
+}
+
+/// Refuses what a guest cannot use of the host's files.
+#[allow(clippy::unnecessary_cast, reason = "the field's type differs between C libraries")]
+fn check_source(share: &Share) -> Result<()> {
+    const HUGETLBFS: i64 = 0x9584_58f6; // HUGETLBFS_MAGIC, statfs(2)
+    let source = &share.source;
+    let found = rustix::fs::statfs(source.as_str()).context(|| format!("statfs {source}"))?;
+    if found.f_type as i64 == HUGETLBFS {
+        let why = format!(
+            "{source}: hugepages of the host are not those of a guest; a guest's own cannot be \
+             mounted yet"
+        );
+        return Err(refused("mounts", &why));
+    }
+    Ok(())
+}
+
+/// Turns a configuration for the host into one for the guest, and says what of the host's
+/// files it needs. Pure.
+fn adapt(mut spec: Spec, id: &str) -> Result<(Spec, Vec<Share>)> {
+    let mut shares = Vec::new();
     if let Some(root) = spec.root_mut() {
         root.set_path(PathBuf::from("rootfs"));
     }
-    for mount in spec.mounts().iter().flatten() {
-        check_mount(mount)?;
+    if let Some(mounts) = spec.mounts_mut() {
+        for mount in mounts {
+            shares.extend(share(mount, id, shares.len())?);
+        }
     }
     spec.set_annotations(None);
-    let Some(linux) = spec.linux_mut() else { return Ok(spec) };
+    let Some(linux) = spec.linux_mut() else { return Ok((spec, shares)) };
+    linux.set_rootfs_propagation(None);
     linux.set_cgroups_path(Some(format!("/pinion/{id}").into()));
     // AppArmor and memory policy are the host's; a mount label needs SELinux in the guest.
     linux.set_mount_label(None);
@@ -76,7 +112,7 @@ pub(crate) fn adapt(mut spec: Spec, id: &str) -> Result<Spec> {
         process.set_apparmor_profile(None);
         process.set_selinux_label(None);
     }
-    Ok(spec)
+    Ok((spec, shares))
 }
 
 fn cgroup_namespace() -> Result<oci_spec::runtime::LinuxNamespace> {
@@ -86,16 +122,33 @@ fn cgroup_namespace() -> Result<oci_spec::runtime::LinuxNamespace> {
         .map_err(|error| Error::internal("build a namespace").caused_by(error))
 }
 
-/// Binds of the pod's own files are in the guest; others would have to be carried there.
-fn check_mount(mount: &Mount) -> Result<()> {
-    let bind = mount.options().iter().flatten().any(|o| o == "bind" || o == "rbind");
-    let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    if !bind || source.starts_with(POD) {
-        return Ok(());
+/// Binds of the pod's own files are in the guest; others come from the host.
+fn share(mount: &mut Mount, id: &str, number: usize) -> Result<Option<Share>> {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let has = |names: &[&str]| options.iter().any(|option| names.contains(&option.as_str()));
+    let source = mount.source().clone().unwrap_or_default();
+    if !has(&["bind", "rbind"]) || source.starts_with(POD) {
+        return Ok(None);
     }
     let at = mount.destination().display();
-    let text = format!("{} at {at}: volumes are not carried into guests yet", source.display());
-    Err(refused("mounts", &text))
+    let from = source.display();
+    if has(&["shared", "rshared", "slave", "rslave"]) {
+        let why = format!(
+            "{from} at {at}: mounts do not propagate between a guest and the host; ask for \
+             propagation None"
+        );
+        return Err(refused("mounts", &why));
+    }
+    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        return Err(refused("mounts", &format!("{from} at {at}: no id mappings in a guest")));
+    }
+    let share = Share {
+        name: format!("{id}-{number}"),
+        source: source.to_string_lossy().into_owned(),
+        read_only: has(&["ro", "rro"]),
+    };
+    mount.set_source(Some(Path::new(SHARE).join(&share.name)));
+    Ok(Some(share))
 }
 
 fn refused(field: &str, why: &str) -> Error {
@@ -138,7 +191,8 @@ mod tests {
 
     #[test]
     fn nothing_of_the_host_is_left_in_it() {
-        let adapted = adapt(spec(json!({})), "c1").unwrap();
+        let (adapted, shares) = adapt(spec(json!({})), "c1").unwrap();
+        assert!(shares.is_empty(), "{shares:?}");
         let text = serde_json::to_string(&adapted).unwrap();
         for word in
             ["kubepods", "network", "uts", "6-7", "dev.pinion", "apparmorProfile", "/run/pods"]
@@ -153,17 +207,46 @@ mod tests {
     fn a_shared_pid_namespace_is_the_guests() {
         let linux = json!({ "linux": { "namespaces": [
             { "type": "mount" }, { "type": "pid", "path": "/run/pinion/pod/pid" }] } });
-        let adapted = adapt(spec(linux), "c").unwrap();
+        let (adapted, _) = adapt(spec(linux), "c").unwrap();
         let namespaces = adapted.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
         assert!(namespaces.iter().all(|ns| ns.typ() != Namespace::Pid));
     }
 
+    fn mounting(options: &[&str]) -> Result<(Spec, Vec<Share>)> {
+        let mounts = json!({ "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/data", "type": "bind", "source": "/srv/data", "options": options },
+            { "destination": "/etc/hosts", "type": "bind", "source": "/run/pinion/pod/hosts",
+              "options": ["rbind"] },
+            { "destination": "/log", "type": "bind", "source": "/srv/log", "options": ["bind"] },
+        ] });
+        adapt(spec(mounts), "c")
+    }
+
     #[test]
-    fn what_cannot_be_carried_is_refused_by_name() {
-        let mounts = json!({ "mounts": [{ "destination": "/data", "type": "bind",
-            "source": "/srv/data", "options": ["rbind"] }] });
-        let text = adapt(spec(mounts), "c").unwrap_err().to_string();
-        assert!(text.contains("/srv/data at /data"), "{text}");
+    fn volumes_are_shared_by_names_of_their_own() {
+        let (spec, shares) = mounting(&["rbind", "rprivate", "ro"]).unwrap();
+        let share = |name: &str, source: &str, read_only| Share {
+            name: name.into(),
+            source: source.into(),
+            read_only,
+        };
+        assert_eq!(shares, [share("c-0", "/srv/data", true), share("c-1", "/srv/log", false)]);
+        let sources: Vec<_> = spec.mounts().iter().flatten().map(|m| m.source().clone()).collect();
+        assert_eq!(sources[1].as_deref(), Some(Path::new("/run/pinion/share/c-0")));
+        assert_eq!(sources[2].as_deref(), Some(Path::new("/run/pinion/pod/hosts")));
+    }
+
+    #[test]
+    fn propagation_is_refused_by_name() {
+        for option in ["rslave", "rshared", "shared", "slave"] {
+            let text = mounting(&["rbind", option]).unwrap_err().to_string();
+            assert!(text.contains("/srv/data at /data") && text.contains("propagate"), "{text}");
+        }
+    }
+
+    #[test]
+    fn hugepages_are_refused_by_name() {
         let limits = json!({ "linux": { "resources": { "hugepageLimits": [
             { "pageSize": "2MB", "limit": 2_097_152 }] } } });
         assert!(adapt(spec(limits), "c").is_err());

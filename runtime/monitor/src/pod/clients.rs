@@ -110,6 +110,7 @@ impl Pod {
             Verb::Create(create) => self.create(create, reply),
             Verb::Start(start) => self.start(&start.id, reply),
             Verb::Signal(signal) => self.signal(&signal, reply),
+            Verb::Update(update) => self.update(&update, reply),
             Verb::Delete(delete) => self.delete(&delete, reply),
             Verb::Exec(exec) => self.exec(&exec, fds, reply),
             Verb::KillExec(kill) => self.kill_exec(&kill),

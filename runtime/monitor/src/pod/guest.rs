@@ -32,6 +32,7 @@ use super::{Pod, Reply};
 use crate::event::{Key, Source};
 use crate::link::Link;
 use crate::reactor::{TimerId, Watched};
+use crate::share::SharedFiles;
 use crate::stdio::{Ends, Manner};
 
 /// The end of what the guest's kernel and its machine said.
@@ -113,6 +114,8 @@ pub(super) enum Script {
 #[derive(Debug, Default)]
 pub(super) struct Inside {
     pub(super) slot: u8,
+    /// Names of what is lent to it of the host's files.
+    pub(super) shares: Vec<String>,
     pub(super) outputs: Vec<u32>,
     /// It has ended; told once its output is here.
     pub(super) ended: Option<(Exited, Instant)>,
@@ -142,6 +145,8 @@ pub(super) struct Guest {
     pub(super) tail: Tail,
     pub(super) interfaces: Vec<Interface>,
     pub(super) files: Vec<File>,
+    /// What of the host's files is lent to it.
+    pub(super) files_shared: Option<SharedFiles>,
     pub(super) about: message::Guest,
     /// Hellos to answer once it is up.
     pub(super) waiting: Vec<Reply>,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pinion_monitor_proto::message::{
-    ContainerExited, ContainerOom, Create, Delete, Exited, Signal, Started, event::What,
+    ContainerExited, ContainerOom, Create, Delete, Exited, Signal, Started, Update, event::What,
     response::Outcome,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -218,7 +218,19 @@ impl Pod {
         }
         let log = self.runtime_log(self.directory_of(key).as_deref());
         let verb = Verb::Kill { signal: number, all };
-        self.invoke(&signal.id, log, &verb, [None; 3], Job::Signal(reply))?;
+        self.invoke(&signal.id, log, &verb, [None; 3], Job::Plain(reply))?;
+        Ok(None)
+    }
+
+    /// Changes the limits of a container that is alive.
+    pub(super) fn update(&mut self, update: &Update, reply: Reply) -> Answer {
+        check_path(&update.resources)?;
+        let key = self.container_key(&update.id)?;
+        // What can be signalled can be limited.
+        self.admitted(key, Admitted::Signal)?;
+        let log = self.runtime_log(self.directory_of(key).as_deref());
+        let verb = Verb::Update { resources: Path::new(&update.resources) };
+        self.invoke(&update.id, log, &verb, [None; 3], Job::Plain(reply))?;
         Ok(None)
     }
 
@@ -383,7 +395,18 @@ pub(super) fn check(create: &Create) -> Result<(), Error> {
     let paths = [&create.bundle, &create.directory];
     let optional = [&create.log_path, &create.cgroup, &create.memory_cgroup];
     let given = optional.into_iter().filter(|path| !path.is_empty());
-    paths.into_iter().chain(given).try_for_each(|path| check_path(path))
+    paths.into_iter().chain(given).try_for_each(|path| check_path(path))?;
+    for share in &create.shares {
+        check_id(&share.name)?;
+        check_path(&share.source)?;
+        if share.name.strip_prefix(&create.id).is_none_or(|rest| !rest.starts_with('-')) {
+            return Err(Error::Invalid(format!(
+                "{:?} names no share of {:?}",
+                share.name, create.id
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Ids become arguments and file names.

@@ -24,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(super) enum Job {
     Create(Key, Box<Creation>),
     Start(Key, Reply),
-    Signal(Reply),
+    /// Anything that changes nothing here.
+    Plain(Reply),
     Delete(Option<Key>, Reply),
     Exec(Key, Box<Starting>),
     /// Removing what a failed create has left.
@@ -100,6 +101,7 @@ impl Pod {
                 Some(Child::Init(key)) => self.init_exited(key, status),
                 Some(Child::Exec(key)) => self.exec_ended(key, status),
                 Some(Child::Machine) => self.machine_ended(status),
+                Some(Child::Share) => self.share_ended(status),
                 None => {}
             }
         }
@@ -130,7 +132,7 @@ impl Pod {
                 self.created(key, *creation, since, clean, result);
             }
             Job::Start(key, reply) => self.started(key, reply, result),
-            Job::Signal(reply) => self.answer_done(reply, result),
+            Job::Plain(reply) => self.answer_done(reply, result),
             Job::Delete(key, reply) => self.deleted(key, reply, result),
             Job::Exec(key, starting) => {
                 drop(std::fs::remove_file(log.path()));

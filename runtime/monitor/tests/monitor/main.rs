@@ -6,6 +6,7 @@
 
 mod attach;
 mod execs;
+mod hostile;
 mod lifecycle;
 mod logs;
 mod memory;

@@ -23,7 +23,8 @@ use crate::event::{Shared, Source, Timer};
 use crate::link::Link;
 use crate::pod::{Child, Pod};
 use crate::reactor::{Interest, Watched};
-use crate::vmm;
+use crate::share::{Beginning, SharedFiles};
+use crate::vmm::{self, Place};
 
 /// Descriptors of a machine count from here.
 const FIRST: i32 = 3;
@@ -51,21 +52,50 @@ impl Pod {
             interfaces.push(interface(&one));
             ends.push(one.tap);
         }
-        let numbers = Ends { agent: FIRST, control: FIRST + 1, console: FIRST + 2, taps };
+        let files_shared = self.start_share(&plan, ends.get(2))?;
+        let mut shared = None;
+        let mut share = None;
+        if let Some((lent, socket)) = files_shared {
+            share = i32::try_from(ends.len()).ok().map(|count| FIRST + count);
+            ends.push(socket);
+            shared = Some(lent);
+        }
+        let numbers = Ends { agent: FIRST, control: FIRST + 1, console: FIRST + 2, share, taps };
         let launch = Qemu.launch(&plan.machine, &numbers);
         // What the machine itself complains of is kept with what its guest says.
         let stderr = ends.get(2).map(AsFd::as_fd);
         let stderr = stderr.ok_or_else(|| Error::Invalid("no console".to_owned()))?;
         let null = self.null.as_fd();
-        let pid = self.oom_score.exposed(|| vmm::start(&plan, &launch, &ends, null, stderr));
+        let pid = self
+            .oom_score
+            .exposed(|| vmm::start(&Place::of_machine(&plan), &launch, &ends, null, stderr));
         let pid = pid.context(|| format!("start {:?}", launch.program))?;
         drop(ends);
         self.children.insert(pid, Child::Machine);
         let told = (interfaces, files);
-        let guest = converse(&mut self.shared, plan, pid, told, ours, began)?;
+        let mut guest = converse(&mut self.shared, plan, pid, told, ours, began)?;
+        guest.files_shared = shared;
         self.guest = Some(Box::new(guest));
         self.drive(|guest| guest.session.push(Script::Processors, Qemu.processors()));
         Ok(())
+    }
+
+    /// Starts the process that serves files to the plan's machine, if it has one.
+    fn start_share(
+        &mut self,
+        plan: &Plan,
+        errors: Option<&OwnedFd>,
+    ) -> Result<Option<(SharedFiles, OwnedFd)>, Error> {
+        let (Some(share), Some(errors)) = (&plan.share, errors) else { return Ok(None) };
+        let beginning = Beginning::new(share)?;
+        let place = Place::of_share(plan, &share.directory);
+        let (null, errors) = (self.null.as_fd(), errors.as_fd());
+        let pid = self
+            .oom_score
+            .exposed(|| vmm::start(&place, &beginning.launch, &beginning.ends, null, errors));
+        let pid = pid.context(|| format!("start {:?}", share.program))?;
+        self.children.insert(pid, Child::Share);
+        Ok(Some(beginning.begun(pid)))
     }
 
     /// The agent has spoken for the first time.
@@ -197,6 +227,7 @@ fn converse(
         tail: Tail::default(),
         interfaces,
         files,
+        files_shared: None,
         about,
         waiting: Vec::new(),
         calls: std::collections::BTreeMap::new(),
@@ -254,6 +285,6 @@ fn setup(guest: &Guest) -> Setup {
         interfaces: guest.interfaces.clone(),
         sysctls: plan.sysctls.iter().map(sysctl).collect(),
         shm_bytes: plan.shm_bytes,
-        share: plan.machine.share.is_some(),
+        share: plan.share.is_some(),
     }
 }

@@ -13,7 +13,7 @@ use pinion_monitor_proto::message::request::Verb;
 use pinion_monitor_proto::message::response::Outcome;
 use pinion_monitor_proto::message::{
     self, ContainerOom, ContainerUsage, Create, Delete, Dial, Done, Exec, Hello, Request, Response,
-    Started, Usage, UsageReply, event::What as News,
+    Started, Update, Usage, UsageReply, event::What as News,
 };
 
 use super::{Creation, HeldAnswer, Inside, Pending, Script, State, tamed};
@@ -47,6 +47,7 @@ impl Pod {
             Verb::Create(create) => self.create_inside(create, reply),
             Verb::Start(start) => self.start_inside(&start.id, reply),
             Verb::Signal(signal) => self.signal_inside(signal, reply),
+            Verb::Update(update) => self.update_inside(&update, reply),
             Verb::Delete(delete) => self.delete_inside(delete, reply),
             Verb::Exec(exec) => self.exec_inside(exec, fds, reply),
             Verb::KillExec(kill) => self.pass_on(Verb::KillExec(kill), reply),
@@ -136,8 +137,34 @@ impl Pod {
         let theirs = (theirs.stdin, outputs);
         let creation = Creation { reply, create, document, ends, theirs, manner, log };
         self.containers.insert(key, container);
+        if let Err(error) = self.lend(key, &creation.create) {
+            let slot = self.release_inside(key);
+            if let (Some(guest), Some(slot)) = (self.guest(), slot) {
+                guest.slots.remove(&slot);
+            }
+            return Err(error);
+        }
         self.drive(|guest| guest.session.push(Script::Plug(key, Box::new(creation)), script));
         Ok(None)
+    }
+
+    /// Shares what a container is to have of the host's files.
+    fn lend(&mut self, key: Key, create: &Create) -> Result<(), Error> {
+        for share in &create.shares {
+            let Some(guest) = self.guest.as_deref_mut() else { return Ok(()) };
+            let (Some(files), Some(inside)) =
+                (guest.files_shared.as_mut(), guest.inside.get_mut(&key))
+            else {
+                return Err(Error::Invalid(
+                    "volumes: no virtiofsd was found when the machine was started; install it, or \
+                     set vm.virtiofsd"
+                        .to_owned(),
+                ));
+            };
+            inside.shares.push(share.name.clone());
+            files.lend(&share.name, Path::new(&share.source), share.read_only)?;
+        }
+        Ok(())
     }
 
     /// The container's disk is in the machine, or is not.
@@ -152,10 +179,12 @@ impl Pod {
             .map_err(|why| Error::Invalid(format!("plug in the root filesystem: {}", tamed(&why))))
             .and_then(|()| {
                 let streams = self.open_streams(key, &mut creation)?;
-                let create = Create {
+                let mut create = Create {
                     disk: creation.create.id.chars().take(20).collect(),
                     ..creation.create.clone()
                 };
+                // Where they come from is no business of the guest's.
+                create.shares.iter_mut().for_each(|share| share.source.clear());
                 let document = std::mem::take(&mut creation.document);
                 self.call(
                     Verb::Create(create),
@@ -210,6 +239,16 @@ impl Pod {
         let key = self.container_key(&signal.id)?;
         self.admitted(key, Admitted::Signal)?;
         self.pass_on(Verb::Signal(signal), reply)
+    }
+
+    fn update_inside(&mut self, update: &Update, reply: Reply) -> Answer {
+        check_path(&update.resources)?;
+        let key = self.container_key(&update.id)?;
+        self.admitted(key, Admitted::Signal)?;
+        let document = document(Path::new(&update.resources))?;
+        let verb = Verb::Update(Update { id: update.id.clone(), resources: String::new() });
+        self.call(verb, document, [0; 3], Pending::Plain(reply))?;
+        Ok(None)
     }
 
     fn delete_inside(&mut self, delete: Delete, reply: Reply) -> Answer {
@@ -425,14 +464,24 @@ impl Pod {
 
     /// Forgets a container, its streams and its disk.
     pub(super) fn drop_inside(&mut self, key: Key) {
-        self.forget(key);
-        let Some(inside) = self.guest().and_then(|guest| guest.inside.remove(&key)) else { return };
-        self.close_streams(&inside.outputs);
-        let slot = inside.slot;
+        let Some(slot) = self.release_inside(key) else { return };
         let script = Qemu.remove_disk(slot);
         if self.guest().is_some_and(|guest| !matches!(guest.state, State::Ended(_))) {
             self.drive(|guest| guest.session.push(Script::Unplug(slot), script));
         }
+    }
+
+    /// Forgets a container, its streams and what was lent to it; its slot is the caller's.
+    fn release_inside(&mut self, key: Key) -> Option<u8> {
+        self.forget(key);
+        let inside = self.guest().and_then(|guest| guest.inside.remove(&key))?;
+        self.close_streams(&inside.outputs);
+        for name in &inside.shares {
+            let files = self.guest.as_deref_mut().and_then(|guest| guest.files_shared.as_mut());
+            let taken = files.map_or(Ok(()), |files| files.take_back(name));
+            self.journal.noted("take back a shared file", taken);
+        }
+        Some(inside.slot)
     }
 
     /// Only containers of ours, each once.

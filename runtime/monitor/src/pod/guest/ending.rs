@@ -95,6 +95,18 @@ impl Pod {
         self.kill_machine(Cause::VmmGone, "the pod was stopped".to_owned());
     }
 
+    /// Nobody serves the guest's volumes any more.
+    pub(in crate::pod) fn share_ended(&mut self, status: WaitStatus) {
+        let Some(guest) = self.guest() else { return };
+        guest.files_shared = None;
+        if !matches!(guest.state, State::Ended(_)) {
+            let how = how(status);
+            let words = last_words(&guest.tail);
+            let text = format!("the process that serves volumes ended {how}; last words: {words}");
+            self.kill_machine(Cause::VmmGone, text);
+        }
+    }
+
     /// The machine's process has ended, and with it all there was in it.
     pub(in crate::pod) fn machine_ended(&mut self, status: WaitStatus) {
         self.console_ready();
@@ -170,13 +182,17 @@ fn verdict(status: WaitStatus, tail: &super::Tail) -> GuestEnded {
         let message = format!("the guest kernel panicked: {words}");
         return GuestEnded { cause: Cause::GuestPanic.into(), message };
     }
-    let how = match (status.exit_status(), status.terminating_signal()) {
+    let how = how(status);
+    let message = format!("the virtual machine's process ended {how}; last words: {words}");
+    GuestEnded { cause: Cause::VmmGone.into(), message }
+}
+
+fn how(status: WaitStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => format!("with exit code {code}"),
         (_, Some(signal)) => format!("by signal {signal}"),
         _ => "in an unknown way".to_owned(),
-    };
-    let message = format!("the virtual machine's process ended {how}; last words: {words}");
-    GuestEnded { cause: Cause::VmmGone.into(), message }
+    }
 }
 
 fn reply_of(pending: &Pending) -> crate::pod::Reply {
