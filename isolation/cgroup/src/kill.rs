@@ -116,8 +116,8 @@ fn signal_each(directory: &Path, signal: i32) -> Result<usize> {
         let Some(target) = Pid::from_raw(pid) else {
             continue;
         };
-        // A pidfd, since the number may have been reused by the time the signal is sent.
-        let outcome = pinion_sys::clone::pidfd_open(target)
+        // A descriptor, since the number may have been reused by the time the signal is sent.
+        let outcome = pinion_sys::clone::open_for_signals(target)
             .and_then(|process| pinion_sys::signal::send(process.as_fd(), signal));
         match outcome {
             Ok(()) => hit += 1,

@@ -22,7 +22,7 @@
 //!   of either kind the first one that matches decides;
 //! * several conditions on the *same* argument are alternatives, otherwise all must hold;
 //! * a syscall number above every number the profile names is `ENOSYS`, not the default
-//!   action, when the architecture is listed and the default action denies;
+//!   action, when the architecture is listed or the native one and the default action denies;
 //! * a foreign architecture, and x32 where it is not listed, is killed.
 
 mod abi;

@@ -80,7 +80,7 @@ pub(crate) fn resolve(native: Abi, profile: &LinuxSeccomp) -> Result<Policy, Err
         .into_iter()
         .map(|abi| {
             let mut table = table(abi, &index, default);
-            if !(answers_enosys && listed.contains(&abi)) {
+            if !(answers_enosys && (abi == native || listed.contains(&abi))) {
                 table.last_known = None;
             }
             table

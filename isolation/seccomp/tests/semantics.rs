@@ -90,11 +90,14 @@ fn numbers_newer_than_the_profile_are_enosys_when_the_default_denies() {
     assert_eq!(raw(&deny, arch, 435), ALLOW);
     let log = profile(&format!(r#"{{"defaultAction":"SCMP_ACT_LOG",{listed}"#));
     assert_eq!(raw(&log, arch, 436), libc::SECCOMP_RET_LOG);
+    // The native architecture need not be listed, others must be.
     let unlisted = profile(
         r#"{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[
             {"names":["read","clone3"],"action":"SCMP_ACT_ALLOW"}]}"#,
     );
-    assert_eq!(raw(&unlisted, arch, 436), errno(libc::EPERM));
+    assert_eq!(raw(&unlisted, arch, 436), errno(libc::ENOSYS));
+    assert_eq!(raw(&unlisted, arch, 434), errno(libc::EPERM));
+    assert_eq!(raw(&unlisted, Abi::X86.audit_arch(), 436), KILL_PROCESS);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pinion_cgroup::Driver;
 
 /// What `--version` prints after the program's name.
 const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: ", "1.3.0");
@@ -40,6 +41,9 @@ pub(crate) struct Global {
     /// Let systemd make cgroups; cgroupsPath is then slice:prefix:name
     #[arg(long, global = true)]
     pub(crate) systemd_cgroup: bool,
+    /// Who makes cgroups, as crun takes it: podman disables them by this flag
+    #[arg(long, global = true, value_enum, value_name = "WHO", conflicts_with = "systemd_cgroup")]
+    pub(crate) cgroup_manager: Option<CgroupManager>,
     /// Accepted for compatibility: whether rights are missing is found out where they are
     /// needed (true, false or auto)
     #[arg(id = "rootless-mode", long = "rootless", value_name = "WHEN")]
@@ -47,6 +51,24 @@ pub(crate) struct Global {
     /// Accepted for compatibility
     #[arg(long, global = true, value_name = "PATH", hide = true)]
     criu: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CgroupManager {
+    Cgroupfs,
+    Systemd,
+    Disabled,
+}
+
+impl Global {
+    pub(crate) fn cgroup_driver(&self) -> Option<Driver> {
+        match self.cgroup_manager {
+            None if self.systemd_cgroup => Some(Driver::Systemd),
+            None | Some(CgroupManager::Cgroupfs) => Some(Driver::Cgroupfs),
+            Some(CgroupManager::Systemd) => Some(Driver::Systemd),
+            Some(CgroupManager::Disabled) => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -532,6 +554,7 @@ mod tests {
             "pinion update --memory 32M --memory-swap=-1 --l3-cache-schema L3:0=f c",
             "pinion exec --cgroup cpu,memory:/a --cgroup /b c true",
             "pinion list -q",
+            "pinion --cgroup-manager disabled create --bundle /b c",
             "pinion --debug state c",
         ] {
             parse(line);

@@ -12,11 +12,12 @@ use crate::args::{Global, LogFormat};
 pub(crate) struct Log {
     file: Option<PathBuf>,
     format: LogFormat,
+    debug: bool,
 }
 
 impl Log {
     pub(crate) fn new(global: &Global) -> Self {
-        Self { file: global.log.clone(), format: global.log_format }
+        Self { file: global.log.clone(), format: global.log_format, debug: global.debug }
     }
 
     /// The one error an invocation ends with. People (and clients that know no better) read
@@ -31,6 +32,15 @@ impl Log {
         match &self.file {
             Some(_) => self.append("warning", message),
             None => eprintln!("warning: {message}"),
+        }
+    }
+
+    /// With `--debug`: what was asked and how it ended.
+    pub(crate) fn debug(&self, message: impl FnOnce() -> String) {
+        match (self.debug, &self.file) {
+            (false, _) => {}
+            (true, Some(_)) => self.append("debug", &message()),
+            (true, None) => eprint!("{}", self.line("debug", &message())),
         }
     }
 

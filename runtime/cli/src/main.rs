@@ -25,7 +25,10 @@ static ALLOCATOR: pinion_sys::arena::Arena = pinion_sys::arena::Arena::new();
 #[derive(Debug)]
 struct Context {
     root: PathBuf,
-    driver: Driver,
+    /// Whether the caller named it.
+    root_is_given: bool,
+    /// None when the container is to stay in the caller's cgroup.
+    driver: Option<Driver>,
     log: Log,
 }
 
@@ -37,7 +40,7 @@ enum Error {
     #[error("cgroup")]
     Cgroup(#[from] pinion_cgroup::Error),
     #[error("exec failed")]
-    Exec(#[source] pinion_container::Error),
+    Exec(#[source] Box<Error>),
     #[error("{0}")]
     Usage(String),
     #[error("{what}")]
@@ -66,10 +69,18 @@ fn main() -> ExitCode {
         }
     };
     let log = Log::new(&cli.global);
+    let root_is_given = cli.global.root.is_some();
+    let driver = cli.global.cgroup_driver();
     let root = cli.global.root.unwrap_or_else(default_root);
-    let driver = if cli.global.systemd_cgroup { Driver::Systemd } else { Driver::Cgroupfs };
-    let context = Context { root, driver, log };
-    match run(&context, cli.verb) {
+    let context = Context { root, root_is_given, driver, log };
+    let arguments = || std::env::args_os().skip(1).collect::<Vec<_>>();
+    context.log.debug(|| format!("asked for {:?}", arguments()));
+    let outcome = run(&context, cli.verb);
+    context.log.debug(|| match &outcome {
+        Ok(code) => format!("ended with {code}"),
+        Err(error) => format!("failed: {}", chain(error)),
+    });
+    match outcome {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),
         Err(error) => {
             context.log.error(&chain(&error));
@@ -108,10 +119,62 @@ fn enters_a_container() -> bool {
     std::env::args_os().skip(1).any(|arg| arg == "create" || arg == "run" || arg == "exec")
 }
 
+/// Who the runtime is, as far as it decides where containers are kept.
+#[derive(Clone, Copy, Debug)]
+struct Caller {
+    root: bool,
+    first_user_namespace: bool,
+    /// `USER=root`: root in a container of its own, who has `/run` for itself.
+    named_root: bool,
+    /// podman and buildah say so when they work for a plain user (containers/storage, unshare).
+    configured_by_podman: bool,
+}
+
+impl Caller {
+    fn this() -> Self {
+        Self {
+            root: rustix::process::geteuid().is_root(),
+            first_user_namespace: pinion_sys::userns::is_first(),
+            named_root: std::env::var_os("USER").is_some_and(|name| name == "root"),
+            configured_by_podman: std::env::var_os("_CONTAINERS_USERNS_CONFIGURED")
+                .is_some_and(|value| !value.is_empty()),
+        }
+    }
+
+    /// As runc: `XDG_RUNTIME_DIR` is for plain users, who are root in a user namespace when a
+    /// client calls the runtime for them.
+    fn has_own_runtime_directory(self) -> bool {
+        !self.root || !self.first_user_namespace && (!self.named_root || self.configured_by_podman)
+    }
+}
+
 fn default_root() -> PathBuf {
-    let own = rustix::process::geteuid().is_root();
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(directory) if !own => PathBuf::from(directory).join("pinion/runtime"),
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|directory| !directory.is_empty()) {
+        Some(directory) if Caller::this().has_own_runtime_directory() => {
+            PathBuf::from(directory).join("pinion/runtime")
+        }
         _ => PathBuf::from("/run/pinion/runtime"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_user_has_a_place_of_its_own_also_as_root_of_a_user_namespace() {
+        let host = Caller {
+            root: true,
+            first_user_namespace: true,
+            named_root: false,
+            configured_by_podman: false,
+        };
+        assert!(!host.has_own_runtime_directory());
+        assert!(Caller { root: false, ..host }.has_own_runtime_directory());
+        let inside = Caller { first_user_namespace: false, ..host };
+        assert!(inside.has_own_runtime_directory());
+        let named = Caller { named_root: true, ..inside };
+        assert!(!named.has_own_runtime_directory());
+        assert!(Caller { configured_by_podman: true, ..named }.has_own_runtime_directory());
     }
 }

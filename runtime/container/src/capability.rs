@@ -40,7 +40,8 @@ impl CapabilitySets {
     }
 
     /// Converts the configuration's sets, leaving out what the runtime itself does not
-    /// have (`available`): it could not give that away. The second value names those.
+    /// have (`available`): it could not give that away. The second value warns of those, and
+    /// of ambient ones that the kernel would not raise.
     #[must_use]
     pub fn plan(asked: &LinuxCapabilities, available: CapabilitySet) -> (Self, Vec<String>) {
         let mut missing = CapabilitySet::empty();
@@ -57,10 +58,17 @@ impl CapabilitySets {
             ambient: take(asked.ambient()),
         };
         // The kernel raises an ambient capability only where it is permitted and
-        // inheritable; runc warns about the others and goes on.
-        sets.ambient &= sets.permitted & sets.inheritable;
+        // inheritable; as runc, warn about the others and go on.
+        let idle = sets.ambient - (sets.permitted & sets.inheritable);
+        sets.ambient -= idle;
         sets.effective &= sets.permitted;
-        (sets, names(missing))
+        let missing = names(missing)
+            .into_iter()
+            .map(|name| format!("ignoring unknown or unavailable capability: {name}"));
+        let idle = names(idle).into_iter().map(|name| {
+            format!("can't raise ambient capability {name}: it is not permitted and inheritable")
+        });
+        (sets, missing.chain(idle).collect())
     }
 }
 
@@ -219,13 +227,13 @@ mod tests {
             available,
         );
         assert_eq!(sets.bounding, CapabilitySet::KILL);
-        assert_eq!(missing, ["CAP_SYS_RESOURCE"]);
+        assert!(missing.len() == 1 && missing[0].contains("CAP_SYS_RESOURCE"), "{missing:?}");
         assert!(sets.inheritable.is_empty());
     }
 
     #[test]
     fn an_ambient_capability_must_be_permitted_and_inheritable() {
-        let (sets, _) = CapabilitySets::plan(
+        let (sets, warnings) = CapabilitySets::plan(
             &asked(
                 r#"{"permitted":["CAP_KILL","CAP_CHOWN"],"inheritable":["CAP_KILL"],
                     "ambient":["CAP_KILL","CAP_CHOWN"],"effective":["CAP_SYS_ADMIN"]}"#,
@@ -233,6 +241,7 @@ mod tests {
             CapabilitySet::all(),
         );
         assert_eq!(sets.ambient, CapabilitySet::KILL);
+        assert!(warnings.len() == 1 && warnings[0].contains("CAP_CHOWN"), "{warnings:?}");
         assert!(sets.effective.is_empty());
     }
 }

@@ -32,12 +32,15 @@ pub struct CreateOptions<'a> {
     pub id: &'a str,
     /// The bundle.
     pub bundle: &'a Path,
-    /// Who makes cgroups.
-    pub driver: Driver,
+    /// Who makes cgroups; none are made without.
+    pub driver: Option<Driver>,
     /// Where to write the process id.
     pub pid_file: Option<&'a Path>,
     /// Where the master of the terminal goes: a connected socket.
     pub console: Option<OwnedFd>,
+    /// The terminal adds no carriage return to a line feed: for a caller in the foreground, who
+    /// copies to a terminal that does, or to a file that shall have none.
+    pub line_feeds: bool,
     /// Where a descriptor of the process goes.
     pub pidfd_socket: Option<&'a Path>,
     /// Use `MS_MOVE` instead of pivot_root(2).
@@ -106,6 +109,7 @@ fn bring_up(
             prepared,
             prepared_root,
             console: options.console,
+            line_feeds: options.line_feeds,
             no_pivot: options.no_pivot,
             new_keyring: !options.no_new_keyring,
             keep_fds: options.preserve_fds + listen_fds(),
@@ -161,12 +165,13 @@ fn bring_up(
 
 /// The container's cgroup with its limits, and the isolation it asks for.
 pub(crate) fn make_cgroup(
-    (driver, id): (Driver, &str),
+    (driver, id): (Option<Driver>, &str),
     spec: &Spec,
     plan: &Plan,
     guard: &mut Guard<'_>,
     hierarchies: &Hierarchies,
 ) -> Result<Cgroup> {
+    let Some(driver) = driver else { return without_cgroup(plan, guard) };
     let paths = Cgroup::plan(hierarchies, driver, plan.cgroups_path.as_deref(), id)?;
     guard.record.cgroup = Some(paths.clone());
     guard.directory.save(&guard.record)?;
@@ -174,7 +179,7 @@ pub(crate) fn make_cgroup(
         Err(error) if can_do_without(plan, &error) => {
             let why = crate::error::chain(&error);
             guard.warnings.push(format!("no cgroup for the container of a plain user: {why}"));
-            Cgroup::open(CgroupPaths { unified: None, v1: Default::default(), unit: None, ..paths })
+            Cgroup::open(nowhere())
         }
         other => other.inspect_err(|_| {
             // Refused or undone by the layer below: a cgroup in that place is not ours.
@@ -197,14 +202,36 @@ pub(crate) fn make_cgroup(
     Ok(cgroup)
 }
 
+/// The container stays in the cgroup of the runtime, where nobody limits it.
+fn without_cgroup(plan: &Plan, guard: &mut Guard<'_>) -> Result<Cgroup> {
+    if asks_for_limits(plan) {
+        return Err(Error::Invalid(
+            "linux.resources has limits, but cgroups are disabled (--cgroup-manager disabled)"
+                .into(),
+        ));
+    }
+    guard.record.cgroup = Some(nowhere());
+    guard.directory.save(&guard.record)?;
+    Ok(Cgroup::open(nowhere()))
+}
+
+fn nowhere() -> CgroupPaths {
+    let driver = Driver::Cgroupfs;
+    CgroupPaths { driver, unified: None, v1: Default::default(), unit: None }
+}
+
+fn asks_for_limits(plan: &Plan) -> bool {
+    let mut asked = plan.resources.clone();
+    asked.set_devices(None);
+    asked != LinuxResources::default()
+}
+
 /// runc's rule for an unprivileged runtime: without a path and without limits in the
 /// configuration, a cgroup that may not be made is not missed.
 fn can_do_without(plan: &Plan, error: &pinion_cgroup::Error) -> bool {
-    let mut asked = plan.resources.clone();
-    asked.set_devices(None);
     !plan.privileged
         && plan.cgroups_path.is_none()
-        && asked == LinuxResources::default()
+        && !asks_for_limits(plan)
         && error.kind() == pinion_cgroup::ErrorKind::Permission
 }
 

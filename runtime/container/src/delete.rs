@@ -61,7 +61,7 @@ pub fn delete(root: &Path, id: &str, force: bool) -> Result<Vec<Error>> {
 /// Kills everything in the container and waits for the first process to end.
 fn end(record: &Record) -> Result<()> {
     let init = match record.init {
-        Some(init) => init.open().doing(|| "pidfd_open".into())?,
+        Some(init) => init.open_for_signals().doing(|| "pidfd_open".into())?,
         None => None,
     };
     if let Some(pidfd) = &init {
@@ -78,14 +78,20 @@ fn end(record: &Record) -> Result<()> {
         let timeout =
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, Some(&timeout)) {
-            Ok(0) => {
-                return Err(Error::Cleanup(vec!["the container's process does not end".into()]));
-            }
-            Ok(_) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => {}
+        let gone = match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Ok(0) => false,
+            Ok(_) => true,
+            Err(rustix::io::Errno::INTR) => continue,
             Err(error) => return Err(error).doing(|| "poll".into())?,
+        };
+        // A directory of procfs, in place of a pidfd, does not tell.
+        if gone && !record.init.is_some_and(|init| init.is_alive()) {
+            return Ok(());
         }
+        if left.is_zero() || !gone {
+            return Err(Error::Cleanup(vec!["the container's process does not end".into()]));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -4,13 +4,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::LinuxNamespaceType;
-use pinion_cgroup::Cgroup;
+use pinion_cgroup::{Cgroup, CgroupPaths};
 use pinion_seccomp::Program;
 use pinion_sys::clone::Child;
 use rustix::thread::CapabilitySet;
 
 use crate::child::Tenant;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Doing, Error, Result, chain};
 use crate::memory_policy::MemoryPolicy;
 use crate::namespaces::bit;
 use crate::process::ProcessPlan;
@@ -30,6 +30,8 @@ pub struct ExecOptions<'a> {
     pub pid_file: Option<&'a Path>,
     /// Where the master of the terminal goes: a connected socket.
     pub console: Option<OwnedFd>,
+    /// See [`CreateOptions`](crate::create::CreateOptions).
+    pub line_feeds: bool,
     /// Where a descriptor of the process goes.
     pub pidfd_socket: Option<&'a Path>,
     /// Cgroups below the container's: a path, or `CONTROLLERS:PATH` for those of v1.
@@ -149,18 +151,22 @@ fn report(child: &Child, options: &ExecOptions<'_>) -> Result<()> {
 fn open_cgroup(record: &Record, below: &[String]) -> Result<Cgroup> {
     let mut paths = record.cgroup.clone().ok_or(Error::NotRunning)?;
     for asked in below {
-        let bad = |why: &str| Error::Invalid(format!("--cgroup {asked:?}: {why}"));
+        let bad = |why: &str| Error::Invalid(format!("bad sub cgroup path {asked:?}: {why}"));
+        let child_of = |paths: &CgroupPaths, path: &str| {
+            paths.child(path.trim_start_matches('/')).map_err(|error| bad(&chain(&error)))
+        };
         match asked.split_once(':') {
             Some((controllers, path)) => {
-                let child = paths.child(path.trim_start_matches('/'))?;
+                let child = child_of(&paths, path)?;
                 for controller in controllers.split(',') {
                     let place = child.v1.get(controller);
-                    let place = place.ok_or_else(|| bad("the container has no such controller"))?;
+                    let place =
+                        place.ok_or_else(|| bad(&format!("unknown controller {controller}")))?;
                     paths.v1.insert(controller.to_owned(), place.clone());
                 }
             }
             None if asked.is_empty() || asked == "/" => {}
-            None => paths = paths.child(asked.trim_start_matches('/'))?,
+            None => paths = child_of(&paths, asked)?,
         }
     }
     Ok(Cgroup::open(paths))
@@ -196,6 +202,7 @@ impl Place<'_> {
             cgroup: self.cgroup,
             join,
             console: options.console.as_ref().map(duplicate).transpose()?,
+            line_feeds: options.line_feeds,
             new_keyring: !options.no_new_keyring,
             keep_fds: options.preserve_fds + create::listen_fds(),
         };

@@ -1,7 +1,10 @@
 //! Running the six kinds of hooks.
 
+use std::ffi::{CString, OsStr};
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -21,23 +24,47 @@ const OUTPUT_BYTES: u64 = 4096;
 /// # Errors
 /// [`Error::Hook`] with the kind, the position and the hook's output.
 pub fn run(kind: &'static str, hooks: &[Hook], state: &[u8], directory: &Path) -> Result<()> {
+    run_inheriting(kind, hooks, state, directory, &[])
+}
+
+/// As [`run`], but a hook without an environment of its own has `inherited`: the rule for
+/// `startContainer`, whose hooks belong to the container and its process.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_inheriting(
+    kind: &'static str,
+    hooks: &[Hook],
+    state: &[u8],
+    directory: &Path,
+    inherited: &[CString],
+) -> Result<()> {
     for (index, hook) in hooks.iter().enumerate() {
-        run_one(hook, state, directory).map_err(|source| Error::Hook { kind, index, source })?;
+        run_one(hook, state, directory, inherited).map_err(|source| Error::Hook {
+            kind,
+            index,
+            source,
+        })?;
     }
     Ok(())
 }
 
 /// As [`run`], but every hook runs and failures are returned for the log: the rule for
-/// `poststart` and `poststop`.
+/// `poststop`.
 pub fn run_all(kind: &'static str, hooks: &[Hook], state: &[u8], directory: &Path) -> Vec<Error> {
     let failed = |(index, hook)| {
-        let source = run_one(hook, state, directory).err()?;
+        let source = run_one(hook, state, directory, &[]).err()?;
         Some(Error::Hook { kind, index, source })
     };
     hooks.iter().enumerate().filter_map(failed).collect()
 }
 
-fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<(), Failure> {
+fn run_one(
+    hook: &Hook,
+    state: &[u8],
+    directory: &Path,
+    inherited: &[CString],
+) -> Result<(), Failure> {
     let path = hook.path();
     if !path.is_absolute() {
         return Err(Failure::refused(format!("hook path {} is not absolute", path.display())));
@@ -49,11 +76,13 @@ fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<(), Failure> {
     let mut command = Command::new(path);
     let mut args = hook.args().iter().flatten();
     if let Some(name) = args.next() {
-        use std::os::unix::process::CommandExt;
         command.arg0(name);
     }
-    let environment = hook.env().iter().flatten().filter_map(|entry| entry.split_once('='));
-    command.args(args).env_clear().envs(environment).current_dir(directory);
+    command.args(args).env_clear().current_dir(directory);
+    match hook.env() {
+        Some(own) => command.envs(own.iter().filter_map(|entry| entry.split_once('='))),
+        None => command.envs(inherited.iter().filter_map(variable)),
+    };
     command.stdin(Stdio::piped()).stdout(copy()?).stderr(copy()?);
     let mut child = command.spawn().doing(|| format!("run {}", path.display()))?;
     if let Some(mut input) = child.stdin.take() {
@@ -71,7 +100,18 @@ fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<(), Failure> {
     let mut text = String::new();
     let _ = output.rewind();
     let _ = output.take(OUTPUT_BYTES).read_to_string(&mut text);
-    Err(Failure::refused(format!("{}: {status}, output: {}", path.display(), text.trim_end())))
+    let ended = match status.signal() {
+        // In the words of Go, for the filter of the container may be the reason.
+        Some(libc::SIGSYS) => "signal: bad system call".to_owned(),
+        _ => status.to_string(),
+    };
+    Err(Failure::refused(format!("{}: {ended}, output: {}", path.display(), text.trim_end())))
+}
+
+fn variable(entry: &CString) -> Option<(&OsStr, &OsStr)> {
+    let bytes = entry.as_bytes();
+    let end = bytes.iter().position(|byte| *byte == b'=')?;
+    Some((OsStr::from_bytes(&bytes[..end]), OsStr::from_bytes(&bytes[end + 1..])))
 }
 
 fn wait(
@@ -121,6 +161,19 @@ mod tests {
     fn a_hook_gets_the_state_and_only_its_own_environment() {
         let script = r#"test "$(cat)" = state && test "$A" = b && test -z "$HOME""#;
         run("prestart", &[hook(script, None)], b"state", Path::new("/")).unwrap();
+    }
+
+    #[test]
+    fn only_a_hook_without_an_environment_inherits_one() {
+        let inherited = [c"C=d=e".to_owned()];
+        let mut silent = hook(r#"test "$C" = d=e"#, None);
+        let run_it = |hook: &Hook| {
+            let hooks = std::slice::from_ref(hook);
+            run_inheriting("startContainer", hooks, b"", Path::new("/"), &inherited)
+        };
+        assert!(run_it(&silent).is_err());
+        silent.set_env(None);
+        run_it(&silent).unwrap();
     }
 
     #[test]

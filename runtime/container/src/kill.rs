@@ -11,6 +11,9 @@ use crate::namespaces::bit;
 use crate::state::{Record, StateDir};
 use crate::status::Status;
 
+/// Why `kill --all`, `ps` and `pause` are refused for a container without a cgroup.
+pub const NO_CGROUP: &str = "the container has no cgroup (--cgroup-manager disabled, or a plain user's): its processes are not known";
+
 /// Sends `signal` to the first process of container `id`, or with `all` to every process.
 ///
 /// # Errors
@@ -20,11 +23,16 @@ pub fn kill(root: &Path, id: &str, signal: i32, all: bool) -> Result<()> {
     let record = directory.load()?;
     // Without a PID namespace the other processes outlive the first one; SIGKILL means all.
     let shares_pids = record.namespaces & bit(LinuxNamespaceType::Pid) == 0;
-    if all || (shares_pids && signal == libc::SIGKILL) {
+    let end_of_all = signal == libc::SIGKILL && !shares_pids;
+    if record.has_no_cgroup() {
+        if all && !end_of_all {
+            return Err(Error::Unsupported(NO_CGROUP.into()));
+        }
+    } else if all || (shares_pids && signal == libc::SIGKILL) {
         return kill_all(&record, signal);
     }
     let init = record.init.ok_or(Error::NotRunning)?;
-    let Some(pidfd) = init.open().doing(|| "pidfd_open".into())? else {
+    let Some(pidfd) = init.open_for_signals().doing(|| "pidfd_open".into())? else {
         return Err(Error::NotRunning);
     };
     match pinion_sys::signal::send(pidfd.as_fd(), signal) {

@@ -33,7 +33,11 @@ impl MemoryPolicy {
         };
         let nodes = nodes(asked.nodes().as_deref().unwrap_or_default())?;
         if needs_nodes.is_some_and(|needed| needed == nodes.is_empty()) {
-            return Err(Error::Invalid("linux.memoryPolicy.nodes does not fit the mode".into()));
+            return Err(Error::Invalid(format!(
+                "invalid memory policy: linux.memoryPolicy.nodes does not fit the mode: {} needs {}",
+                asked.mode(),
+                if nodes.is_empty() { "nodes" } else { "none" }
+            )));
         }
         let flags = asked.flags().iter().flatten().fold(0, |flags, flag| {
             flags
@@ -50,7 +54,9 @@ impl MemoryPolicy {
 fn nodes(list: &str) -> Result<Vec<u64>> {
     match list.parse::<NodeSet>() {
         Ok(set) => Ok(set.words().to_vec()),
-        Err(error) => Err(Error::Invalid(format!("linux.memoryPolicy.nodes: {error}"))),
+        Err(error) => Err(Error::Invalid(format!(
+            "invalid memory policy node in linux.memoryPolicy.nodes: {error}"
+        ))),
     }
 }
 

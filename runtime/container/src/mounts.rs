@@ -112,6 +112,27 @@ impl MountPlan {
         Ok(())
     }
 
+    /// As runc: some callers name the mountpoint by its path on the host.
+    pub(crate) fn strip_root(&mut self, root: &Path) {
+        if root == Path::new("/") {
+            return;
+        }
+        if let Ok(inside) = self.destination.strip_prefix(root)
+            && !inside.as_os_str().is_empty()
+        {
+            self.destination = Path::new("/").join(inside);
+        }
+    }
+
+    /// True for what others may be mounted in, and is therefore read-only only at the end, as
+    /// runc has it.
+    #[must_use]
+    pub fn is_read_only_at_the_end(&self) -> bool {
+        let MountKind::FileSystem { name, .. } = &self.kind else { return false };
+        self.options.attributes.set & libc::MOUNT_ATTR_RDONLY != 0
+            && (name == "tmpfs" || self.destination == Path::new("/dev"))
+    }
+
     /// Gives a new file system the SELinux context `label`; those of the kernel cannot have
     /// one, and a bind mount has that of its files.
     pub(crate) fn label(&mut self, label: &str) {

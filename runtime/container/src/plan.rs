@@ -1,5 +1,6 @@
 //! A whole configuration, checked and decided before anything is touched.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxResources};
@@ -36,16 +37,9 @@ impl Facts {
         let asked = capability::asked(process.and_then(|process| process.capabilities.as_ref()));
         Ok(Self {
             capabilities: capability::available(asked)?,
-            privileged: rustix::process::geteuid().is_root() && maps_all_users(),
+            privileged: rustix::process::geteuid().is_root() && pinion_sys::userns::is_first(),
         })
     }
-}
-
-/// True in the first user namespace, and where all of its users are mapped.
-fn maps_all_users() -> bool {
-    // Without /proc nothing is known, and nothing is to be feared: more will fail.
-    std::fs::read_to_string("/proc/self/uid_map")
-        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// Everything `create` does.
@@ -159,15 +153,15 @@ impl Plan {
             .flatten()
             .map(|mount| MountPlan::plan(mount, bundle))
             .collect::<Result<_>>()?;
+        let root = root(spec, &linux, bundle)?;
+        let host_root = crate::process::clean(&root.path);
+        mounts.iter_mut().for_each(|mount| mount.strip_root(&host_root));
         if let Some(label) = &mount_label {
             mounts.iter_mut().for_each(|mount| mount.label(label));
         }
         let devices = match devices::dev_is_foreign(&mounts) {
             true => None,
             false => Some(devices::nodes(linux.devices().as_deref().unwrap_or_default())?),
-        };
-        let paths = |list: &Option<Vec<String>>| -> Vec<PathBuf> {
-            list.iter().flatten().map(|path| crate::process::clean(Path::new(path))).collect()
         };
         let mut sysctl: Vec<_> = linux
             .sysctl()
@@ -177,11 +171,11 @@ impl Plan {
             .collect::<Result<_>>()?;
         sysctl.sort_by(|a, b| a.path.cmp(&b.path));
         let plan = Self {
-            root: root(spec, &linux, bundle)?,
+            root,
             mounts,
             devices,
-            masked: paths(linux.masked_paths()),
-            read_only: paths(linux.readonly_paths()),
+            masked: paths(linux.masked_paths().as_deref()),
+            read_only: paths(linux.readonly_paths().as_deref()),
             sysctl,
             hostname: text(spec.hostname.as_ref()),
             domainname: text(spec.domainname.as_ref()),
@@ -287,6 +281,13 @@ fn root(spec: &Spec, linux: &oci_spec::runtime::Linux, bundle: &Path) -> Result<
     Ok(RootPlan { path: bundle.join(root.path()), read_only, propagation })
 }
 
+/// Each path once: a second mount over the first would only be one more.
+fn paths(list: Option<&[String]>) -> Vec<PathBuf> {
+    let mut seen = HashSet::new();
+    let clean = |path: &String| crate::process::clean(Path::new(path));
+    list.into_iter().flatten().map(clean).filter(|path| seen.insert(path.clone())).collect()
+}
+
 fn text(text: Option<&String>) -> Option<String> {
     text.filter(|text| !text.is_empty()).cloned()
 }
@@ -317,6 +318,18 @@ mod tests {
         assert_eq!(plan.root.path, Path::new("/bundle/rootfs"));
         assert!(plan.masked.is_empty() && plan.seccomp.is_none());
         assert_eq!(plan.devices.unwrap().len(), 6);
+    }
+
+    #[test]
+    fn a_path_named_twice_is_hidden_once() {
+        let json = format!(
+            r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},{PROCESS},
+                "linux":{{"namespaces":[{{"type":"mount"}}],
+                "maskedPaths":["/a","/b","/a/","//a"],"readonlyPaths":["/c","/c"]}}}}"#
+        );
+        let plan = plan(&json).unwrap();
+        assert_eq!(plan.masked, [Path::new("/a"), Path::new("/b")]);
+        assert_eq!(plan.read_only, [Path::new("/c")]);
     }
 
     #[test]

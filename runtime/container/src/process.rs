@@ -1,5 +1,6 @@
 //! One process of a container, decided: everything between the namespaces and execve(2).
 
+use std::collections::HashSet;
 use std::ffi::CString;
 use std::path::{Component, Path, PathBuf};
 
@@ -76,7 +77,7 @@ impl ProcessPlan {
             return Err(invalid("Cwd must be an absolute path"));
         }
         let env = process.env.as_deref().unwrap_or_default();
-        let (capabilities, missing) = match &process.capabilities {
+        let (capabilities, warnings) = match &process.capabilities {
             Some(asked) => CapabilitySets::plan(asked, available),
             None => (CapabilitySets::none(), Vec::new()),
         };
@@ -106,22 +107,28 @@ impl ProcessPlan {
             scheduler: process.scheduler.as_ref().map(scheduler).transpose()?,
             affinity: affinity(process)?,
         };
-        let warnings = missing
-            .into_iter()
-            .map(|name| format!("ignoring unknown or unavailable capability: {name}"))
-            .collect();
         Ok((plan, warnings))
     }
 }
 
+/// As runc: of variables set twice the last one counts, where it stands, and an empty `HOME`
+/// is none.
 fn environment(env: &[String]) -> Result<Vec<CString>> {
-    env.iter()
-        .map(|entry| match entry.split_once('=') {
-            Some((name, _)) if !name.is_empty() => CString::new(entry.as_str())
-                .map_err(|_nul| invalid("process.env contains a NUL byte")),
-            _ => Err(invalid(format!("invalid environment variable: {entry:?}"))),
-        })
-        .collect()
+    let mut seen = HashSet::with_capacity(env.len());
+    let mut kept = Vec::with_capacity(env.len());
+    for entry in env.iter().rev() {
+        let (name, value) = match entry.split_once('=') {
+            Some((name, value)) if !name.is_empty() => (name, value),
+            _ => return Err(invalid(format!("invalid environment variable: {entry:?}"))),
+        };
+        let text = CString::new(entry.as_str())
+            .map_err(|_nul| invalid("process.env contains a NUL byte"))?;
+        if seen.insert(name) && !(name == "HOME" && value.is_empty()) {
+            kept.push(text);
+        }
+    }
+    kept.reverse();
+    Ok(kept)
 }
 
 fn last_value<'a>(env: &'a [String], name: &str) -> Option<&'a str> {
@@ -310,7 +317,24 @@ mod tests {
 
     #[test]
     fn the_last_of_two_variables_wins() {
-        assert_eq!(plan("").unwrap().search_path, "/b");
+        let plan = plan("").unwrap();
+        assert_eq!(plan.search_path, "/b");
+        assert_eq!(plan.env, [c"PATH=/b".to_owned()]);
+    }
+
+    #[test]
+    fn variables_stand_once_and_an_empty_home_not_at_all() {
+        let kept = |list: &[&str]| {
+            let list: Vec<String> = list.iter().map(ToString::to_string).collect();
+            environment(&list).map(|kept| {
+                kept.iter().map(|entry| entry.to_str().unwrap().to_owned()).collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(kept(&["A=1", "B=2", "A=3", "C="]).unwrap(), ["B=2", "A=3", "C="]);
+        assert_eq!(kept(&["HOME=/a", "A=1", "HOME="]).unwrap(), ["A=1"]);
+        for bad in ["A", "", "=x", "A=\0"] {
+            assert!(kept(&["A=1", bad]).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

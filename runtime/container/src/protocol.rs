@@ -66,6 +66,10 @@ impl Report {
 
     pub(crate) fn into_error(self) -> Error {
         let source = self.errno.map(io::Error::from_raw_os_error);
+        if self.step == Step::Execute {
+            // As runc: the kernel's own words on the program, which is not the runtime's doing.
+            return Error::System(Failure { what: self.what, source });
+        }
         Error::Child { step: self.step, failure: Failure { what: self.what, source } }
     }
 }

@@ -102,8 +102,20 @@ impl Process {
     /// # Errors
     /// As pidfd_open(2).
     pub fn open(&self) -> io::Result<Option<OwnedFd>> {
+        self.open_by(pinion_sys::clone::pidfd_open)
+    }
+
+    /// As [`Process::open`], of use for signals only; also on kernels without pidfd_open(2).
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open_for_signals(&self) -> io::Result<Option<OwnedFd>> {
+        self.open_by(pinion_sys::clone::open_for_signals)
+    }
+
+    fn open_by(&self, open: fn(Pid) -> io::Result<OwnedFd>) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
-        match pinion_sys::clone::pidfd_open(pid) {
+        match open(pid) {
             // Looked at after the open: now the number cannot change its owner unnoticed.
             Ok(pidfd) if self.is_alive() => Ok(Some(pidfd)),
             Ok(_) => Ok(None),
@@ -315,6 +327,12 @@ impl Lock {
 }
 
 impl Record {
+    /// True for a container that stays in the cgroup of whoever made it.
+    #[must_use]
+    pub fn has_no_cgroup(&self) -> bool {
+        self.cgroup.as_ref().is_some_and(|paths| paths.unified.is_none() && paths.v1.is_empty())
+    }
+
     /// A record for a container about to be made.
     #[must_use]
     pub fn new(id: &str, spec: &crate::config::Spec, bundle: &Path, plan: &Plan) -> Self {

@@ -254,6 +254,26 @@ pub fn setns(fd: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// A descriptor that a signal can be sent to: a pidfd, or before Linux 5.3 the process's
+/// directory in procfs, which pidfd_send_signal(2) takes as well. Nothing can be waited for
+/// with the latter.
+///
+/// # Errors
+/// `ESRCH` when the process is gone.
+pub fn open_for_signals(pid: Pid) -> io::Result<OwnedFd> {
+    match pidfd_open(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {}
+        other => return other,
+    }
+    let flags =
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let path = format!("/proc/{}", pid.as_raw_nonzero());
+    match rustix::fs::open(path, flags, rustix::fs::Mode::empty()) {
+        Err(rustix::io::Errno::NOENT) => Err(rustix::io::Errno::SRCH.into()),
+        other => Ok(other?),
+    }
+}
+
 /// A descriptor for a running process.
 ///
 /// # Errors

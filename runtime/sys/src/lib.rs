@@ -22,4 +22,5 @@ pub mod seccomp_notify;
 pub mod signal;
 pub mod tap;
 pub mod tty;
+pub mod userns;
 pub mod vfio;

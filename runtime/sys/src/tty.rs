@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::OpenptFlags;
-use rustix::termios::{OptionalActions, Termios, Winsize};
+use rustix::termios::{OptionalActions, OutputModes, Termios, Winsize};
 
 /// Both ends of a pseudo terminal.
 #[derive(Debug)]
@@ -63,7 +63,18 @@ pub fn copy_size(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
     Ok(rustix::termios::tcsetwinsize(to, size)?)
 }
 
-/// A terminal in raw mode; the former settings come back on drop.
+/// Has the terminal of a program pass line feeds on as they are. Whoever shows them adds the
+/// carriage return: a terminal does, a file must not have it.
+///
+/// # Errors
+/// As tcsetattr(3).
+pub fn keep_line_feeds(terminal: impl AsFd) -> io::Result<()> {
+    let mut settings = rustix::termios::tcgetattr(&terminal)?;
+    settings.output_modes.remove(OutputModes::ONLCR);
+    Ok(rustix::termios::tcsetattr(&terminal, OptionalActions::Now, &settings)?)
+}
+
+/// A terminal in raw mode, but for what happens to output; the former settings come back on drop.
 #[derive(Debug)]
 pub struct RawMode {
     terminal: OwnedFd,
@@ -80,6 +91,7 @@ impl RawMode {
         let saved = rustix::termios::tcgetattr(&terminal)?;
         let mut raw = saved.clone();
         raw.make_raw();
+        raw.output_modes = saved.output_modes;
         rustix::termios::tcsetattr(&terminal, OptionalActions::Now, &raw)?;
         Ok(Self { terminal, saved })
     }

@@ -12,9 +12,11 @@ use crate::{Error, Result};
 
 /// `pids.max`, the same file in both versions.
 pub(super) fn pids_writes(resources: &LinuxResources, writes: &mut Vec<Write>) {
-    match resources.pids().as_ref().map_or(0, LinuxPids::limit) {
-        0 => {}
+    let Some(limit) = resources.pids().as_ref().map(LinuxPids::limit) else { return };
+    match limit {
         ..0 => writes.push(Write::new("pids", "pids.max", "max")),
+        // No further process: as runc since 1.4, with the 1 that systemd can be told, too.
+        0 => writes.push(Write::new("pids", "pids.max", 1)),
         limit => writes.push(Write::new("pids", "pids.max", limit)),
     }
 }
@@ -261,8 +263,7 @@ mod tests {
             ["memory.swap.max=max", "memory.max=max", "cpu.max=max 100000", "pids.max=max"]
         );
         assert_eq!(
-            plan(r#"{"memory":{"limit":0},"pids":{"limit":0},"cpu":{"quota":0,"shares":0,"cpus":""}}"#)
-                .unwrap(),
+            plan(r#"{"memory":{"limit":0},"cpu":{"quota":0,"shares":0,"cpus":""}}"#).unwrap(),
             Vec::<String>::new()
         );
     }

@@ -31,6 +31,7 @@ pub(crate) fn options<'a>(
         driver: context.driver,
         pid_file: args.pid_file.as_deref(),
         console,
+        line_feeds: false,
         pidfd_socket: args.pidfd_socket.as_deref(),
         no_pivot: args.no_pivot,
         no_new_keyring: args.no_new_keyring,

@@ -10,6 +10,10 @@ use crate::args::Exec;
 use crate::{Context, Error};
 
 pub(crate) fn run(context: &Context, args: &Exec) -> Result<i32, Error> {
+    execute(context, args).map_err(|error| Error::Exec(Box::new(error)))
+}
+
+fn execute(context: &Context, args: &Exec) -> Result<i32, Error> {
     let view = template(&context.root, &args.id)?;
     let process = process(args, &view)?;
     let terminal = process.terminal;
@@ -55,13 +59,14 @@ fn begin(
         id: &args.id,
         pid_file: args.pid_file.as_deref(),
         console,
+        line_feeds: args.console_socket.is_none(),
         pidfd_socket: args.pidfd_socket.as_deref(),
         cgroups: &args.cgroup,
         ignore_paused: args.ignore_paused,
         no_new_keyring: args.no_new_keyring,
         preserve_fds: args.preserve_fds,
     };
-    let executed = exec(&options, process, view).map_err(Error::Exec)?;
+    let executed = exec(&options, process, view)?;
     executed.warnings.iter().for_each(|warning| context.log.warn(warning));
     Ok(executed)
 }
@@ -159,7 +164,7 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<(), Error
         None => serde_json::from_str("{}")
             .map_err(|error| Error::Usage(format!("capabilities: {error}")))?,
     };
-    // Never inheritable or ambient: those would let other programs gain them.
+    // Never inheritable: that would let other programs gain them.
     let extended = |set: &Option<std::collections::HashSet<Capability>>| {
         let mut set = set.clone().unwrap_or_default();
         set.extend(&added);
@@ -167,6 +172,12 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<(), Error
     };
     let (bounding, effective, permitted) =
         (extended(sets.bounding()), extended(sets.effective()), extended(sets.permitted()));
+    if sets.inheritable().is_some() {
+        // As runc: a container with inheritable capabilities means its ambient ones, too. The
+        // kernel raises those of them that are inheritable.
+        let ambient = extended(sets.ambient());
+        sets.set_ambient(ambient);
+    }
     sets.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
     process.capabilities = Some(sets);
     Ok(())

@@ -9,6 +9,11 @@ use crate::args::{Format, List};
 use crate::{Context, Error};
 
 pub(crate) fn run(context: &Context, args: &List) -> Result<i32, Error> {
+    if context.root_is_given {
+        // The default one is made with the first container; another may be a slip of the pen.
+        let what = || format!("list the containers in {}", context.root.display());
+        std::fs::metadata(&context.root).map_err(|source| Error::Io { what: what(), source })?;
+    }
     let mut records: Vec<Record> = Vec::new();
     for (id, record) in state::list(&context.root)? {
         match record {

@@ -1,9 +1,9 @@
 //! `pause` and `resume`
 
 use pinion_cgroup::Cgroup;
-use pinion_container::Error as ContainerError;
 use pinion_container::state::StateDir;
 use pinion_container::status::Status;
+use pinion_container::{Error as ContainerError, kill};
 
 use crate::{Context, Error};
 
@@ -29,6 +29,9 @@ fn look(context: &Context, id: &str) -> Result<(Status, Cgroup), Error> {
     let directory = StateDir::of(&context.root, id)?;
     let _lock = directory.lock_exclusive()?;
     let record = directory.load()?;
+    if record.has_no_cgroup() {
+        return Err(ContainerError::Unsupported(kill::NO_CGROUP.into()).into());
+    }
     let paths = record.cgroup.clone().ok_or(ContainerError::NotRunning)?;
     Ok((directory.status(&record), Cgroup::open(paths)))
 }

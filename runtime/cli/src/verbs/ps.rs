@@ -3,8 +3,8 @@
 use std::process::Command;
 
 use pinion_cgroup::Cgroup;
-use pinion_container::Error as ContainerError;
 use pinion_container::state::StateDir;
+use pinion_container::{Error as ContainerError, kill};
 
 use super::print_json;
 use crate::args::{Format, Ps};
@@ -12,6 +12,9 @@ use crate::{Context, Error};
 
 pub(crate) fn run(context: &Context, args: &Ps) -> Result<i32, Error> {
     let record = StateDir::of(&context.root, &args.id)?.load()?;
+    if record.has_no_cgroup() {
+        return Err(ContainerError::Unsupported(kill::NO_CGROUP.into()).into());
+    }
     let paths = record.cgroup.ok_or(ContainerError::NotRunning)?;
     let mut pids = Cgroup::open(paths).pids(true)?;
     pids.sort_unstable();

@@ -49,13 +49,12 @@ fn begin(
     args: &Run,
     console: Option<std::os::fd::OwnedFd>,
 ) -> Result<Created, Error> {
-    let created = create(options(context, &args.create, console))?;
+    let mut options = options(context, &args.create, console);
+    options.line_feeds = args.create.console_socket.is_none();
+    let created = create(options)?;
     created.warnings.iter().for_each(|warning| context.log.warn(warning));
     match start(&context.root, &args.create.id) {
-        Ok(warnings) => {
-            warn_all(context, &warnings);
-            Ok(created)
-        }
+        Ok(()) => Ok(created),
         Err(error) => {
             // Its first error is the one to tell.
             let _ = delete(&context.root, &args.create.id, true);

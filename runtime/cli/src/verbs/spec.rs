@@ -1,5 +1,6 @@
 //! `spec`
 
+use pinion_cgroup::{Hierarchies, Mode};
 use serde_json::{Value, json};
 
 use crate::Error;
@@ -12,6 +13,9 @@ pub(crate) fn run(args: &Spec) -> Result<i32, Error> {
         return Err(Error::Usage("File config.json exists. Remove it first".into()));
     }
     let mut document = template();
+    if !has_cgroups_of_v2_only() {
+        without_cgroup_namespace(&mut document);
+    }
     if args.rootless {
         for_unprivileged(&mut document);
     }
@@ -78,6 +82,18 @@ fn template() -> Value {
             ],
         },
     })
+}
+
+fn has_cgroups_of_v2_only() -> bool {
+    Hierarchies::detect().is_ok_and(|found| found.mode() == Mode::V2)
+}
+
+/// As runc: with cgroups of v1 the container sees only its own part of each by bind mounts,
+/// which a namespace would double.
+fn without_cgroup_namespace(document: &mut Value) {
+    if let Some(namespaces) = document["linux"]["namespaces"].as_array_mut() {
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    }
 }
 
 /// As runc: a user namespace instead of a network namespace, the host's sysfs, no limits.

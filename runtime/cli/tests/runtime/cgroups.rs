@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, eventually, has_controller};
+use crate::bundle::{Bundle, eventually, has_controller, is_pinion, is_runc_since};
 
 /// The value of the first of these cgroup files that exists.
 fn value(bundle: &Bundle, files: &[&str]) -> Option<String> {
@@ -125,4 +125,47 @@ fn cgroup_paths_cannot_leave_the_hierarchy() {
             bundle.verb(&["delete", "--force", &bundle.id]).ok();
         }
     }
+}
+
+#[test]
+fn no_further_process_is_a_limit_of_none() {
+    if !has_controller("pids") || !is_runc_since(4) {
+        return;
+    }
+    let mut bundle = Bundle::new("sleep 100");
+    bundle.config["linux"]["resources"] = json!({ "pids": { "limit": 20 } });
+    bundle.launch();
+    bundle.verb(&["update", "--pids-limit", "0", &bundle.id]).ok();
+    assert_eq!(value(&bundle, &["pids.max"]).as_deref(), Some("1"));
+    bundle.verb(&["update", "--pids-limit", "-1", &bundle.id]).ok();
+    assert_eq!(value(&bundle, &["pids.max"]).as_deref(), Some("max"));
+}
+
+#[test]
+fn disabled_cgroups_are_not_made_and_limits_then_refused() {
+    if !is_pinion() {
+        return;
+    }
+    let mut bundle = Bundle::new("sleep 100");
+    bundle.write_config();
+    bundle.verb(&["--cgroup-manager", "disabled", "create", &bundle.id]).ok();
+    bundle.start();
+    assert_eq!(bundle.cgroups(), Vec::<PathBuf>::new());
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    let its = std::fs::read_to_string(format!("/proc/{}/cgroup", bundle.pid())).unwrap();
+    assert_eq!(its, own);
+    bundle.exec("true").ok();
+    bundle.verb(&["pause", &bundle.id]).fails_with("has no cgroup");
+    bundle.verb(&["ps", &bundle.id]).fails_with("has no cgroup");
+    bundle.verb(&["kill", "--all", &bundle.id, "TERM"]).fails_with("has no cgroup");
+    // The end of the first process is that of all in its PID namespace.
+    bundle.verb(&["kill", "--all", &bundle.id, "KILL"]).ok();
+    eventually(|| bundle.status() == "stopped");
+    bundle.verb(&["delete", &bundle.id]).ok();
+    bundle.config["linux"]["resources"] = json!({ "pids": { "limit": 20 } });
+    bundle.write_config();
+    bundle
+        .verb(&["--cgroup-manager", "disabled", "create", &bundle.id])
+        .fails_with("cgroups are disabled");
+    bundle.assert_nothing_left();
 }

@@ -15,7 +15,7 @@ fn can() -> bool {
     let check = crate::bundle::output(std::process::Command::new("criu").arg("check"));
     if !check.status.success() {
         let text = String::from_utf8_lossy(&check.stderr).into_owned();
-        println!("not possible here: criu check: {text}");
+        crate::bundle::moot!("criu check: {text}");
     }
     check.status.success()
 }
@@ -241,7 +241,7 @@ fn a_pre_dump_is_the_parent_of_a_dump_or_says_what_the_kernel_lacks() {
     let outcome = counter.bundle.verb(&flags);
     if outcome.code != Some(0) {
         outcome.fails_with("MemTrack");
-        println!("not possible here: {}", outcome.stderr);
+        crate::bundle::moot!("{}", outcome.stderr);
         return;
     }
     assert_eq!(counter.bundle.status(), "running");

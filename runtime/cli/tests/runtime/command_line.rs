@@ -164,3 +164,26 @@ fn errors_and_exit_codes_are_those_clients_match_on() {
     bundle.verb(&["exec", &bundle.id, "true"]).fails_with("stopped container");
     bundle.verb(&["start", &bundle.id]).fails_with("cannot start a container that has stopped");
 }
+
+#[test]
+fn a_state_directory_that_is_named_must_exist_to_be_listed() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = directory.path().join("missing");
+    let list = |root: &std::path::Path| {
+        let mut command = std::process::Command::new(crate::bundle::runtime());
+        crate::bundle::output(command.arg("--root").arg(root).arg("list")).status.success()
+    };
+    assert!(list(directory.path()));
+    assert!(!list(&missing));
+}
+
+#[test]
+fn debug_says_what_was_asked_and_how_it_ended() {
+    let bundle = crate::bundle::Bundle::new("true");
+    bundle.write_config();
+    let log = bundle.path().join("log");
+    let words = ["--debug", "--log", log.to_str().unwrap(), "--log-format", "json", "run"];
+    bundle.verb(&[&words[..], &[bundle.id.as_str()]].concat()).ok();
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.lines().count() > 1 && text.contains("\"level\":\"debug\""), "{text}");
+}

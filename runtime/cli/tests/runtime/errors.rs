@@ -187,7 +187,7 @@ fn cache_allocation_without_resctrl_names_the_missing_mount() {
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     if mounts.contains(" - resctrl ") {
-        println!("not possible here: there is a resctrl");
+        crate::bundle::moot!("there is a resctrl");
         return;
     }
     let mut bundle = Bundle::new("true");
@@ -209,7 +209,7 @@ fn a_label_without_its_security_module_is_refused() {
         ("process", "apparmorProfile", "/sys/module/apparmor"),
     ] {
         if std::path::Path::new(module).exists() {
-            println!("not possible here: there is a {module}");
+            crate::bundle::moot!("there is a {module}");
             continue;
         }
         let mut bundle = Bundle::new("true");

@@ -156,3 +156,34 @@ fn many_processes_at_once_all_succeed() {
     let alive = || bundle.verb(&["ps", "-f", "json", &bundle.id]).ok().matches(',').count();
     eventually(|| alive() == 0);
 }
+
+#[test]
+fn whatever_keeps_exec_from_running_is_code_255() {
+    let bundle = Bundle::new("sleep 100");
+    let unknown = bundle.exec("true");
+    assert_eq!(unknown.code, Some(255), "{unknown:?}");
+    unknown.fails_with("exec failed: container does not exist");
+    bundle.launch();
+    let script = bundle.rootfs().join("run.sh");
+    std::fs::write(&script, "#!/no/such/interpreter\n").unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let outcome = bundle.verb(&["exec", &bundle.id, "/run.sh"]);
+    assert_eq!(outcome.code, Some(255), "{outcome:?}");
+    outcome.fails_with("exec /run.sh: no such file or directory");
+}
+
+#[test]
+fn capabilities_added_to_an_exec_are_ambient_where_they_are_inheritable() {
+    let mut bundle = Bundle::new("sleep 100");
+    bundle.config["process"]["capabilities"] = json!({
+        "bounding": ["CAP_KILL", "CAP_CHOWN", "CAP_SYSLOG"], "effective": ["CAP_KILL"],
+        "permitted": ["CAP_KILL", "CAP_CHOWN"], "inheritable": ["CAP_CHOWN", "CAP_SYSLOG"],
+        "ambient": ["CAP_CHOWN"],
+    });
+    bundle.launch();
+    let added = ["exec", "--cap", "CAP_SYSLOG", &bundle.id, "grep", "CapAmb", "/proc/self/status"];
+    assert!(bundle.verb(&added).ok().contains("0000000400000001"));
+    let without = ["exec", "--cap", "CAP_FOWNER", &bundle.id, "grep", "Cap", "/proc/self/status"];
+    let sets = bundle.verb(&without).ok();
+    assert!(sets.contains("CapAmb:\t0000000000000001"), "{sets}");
+}

@@ -2,7 +2,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, eventually, is_pinion};
+use crate::bundle::{Bundle, eventually, is_pinion, is_runc_since};
 
 /// Adds a hook of each kind that notes its kind, its place and the status it was told.
 fn with_all_hooks(bundle: &mut Bundle) -> std::path::PathBuf {
@@ -131,4 +131,45 @@ fn hooks_inherit_nothing_of_the_callers_environment() {
     let seen = std::fs::read_to_string(&file).unwrap();
     assert!(seen.contains("ONLY=") && !seen.contains("SECRET"), "{seen}");
     assert!(!seen.contains("LD_PRELOAD"), "{seen}");
+}
+
+#[test]
+fn a_failing_poststart_hook_stops_the_container() {
+    // Before runtime-spec 1.2 it was but a warning.
+    if !is_runc_since(4) {
+        return;
+    }
+    let mut bundle = Bundle::new("sleep 100");
+    bundle.config["hooks"] = json!({ "poststart": [
+        { "path": "/bin/false", "args": ["false"], "env": [] } ] });
+    bundle.create();
+    bundle.verb(&["start", &bundle.id]).fails_with("poststart hook");
+    eventually(|| bundle.status() == "stopped");
+    bundle.verb(&["delete", &bundle.id]).ok();
+    bundle.run().fails_with("poststart hook");
+    bundle.assert_nothing_left();
+}
+
+#[test]
+fn a_start_container_hook_without_an_environment_has_that_of_the_process() {
+    let mut bundle = Bundle::new("cat /tmp/seen");
+    bundle.config["process"]["env"] = json!(["PATH=/bin", "ONE=two"]);
+    let script = "env > /tmp/seen";
+    bundle.config["hooks"] = json!({ "startContainer": [
+        { "path": "/bin/sh", "args": ["sh", "-c", script] } ] });
+    let seen = bundle.run().ok();
+    assert!(seen.contains("ONE=two\n") && seen.contains("HOME=/root\n"), "{seen}");
+}
+
+#[test]
+fn the_filter_holds_for_hooks_that_are_programs_of_the_container() {
+    let mut bundle = Bundle::new("true");
+    bundle.config["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_KILL" }],
+    });
+    bundle.config["hooks"] = json!({ "startContainer": [
+        { "path": "/bin/mkdir", "args": ["mkdir", "/tmp/made"] } ] });
+    bundle.run().fails_with("bad system call");
+    assert!(!bundle.rootfs().join("tmp/made").exists());
 }

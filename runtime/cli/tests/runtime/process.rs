@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, capabilities};
+use crate::bundle::{Bundle, capabilities, is_runc_since};
 
 /// Runs `script` after `change` and returns its output.
 #[track_caller]
@@ -16,6 +16,32 @@ fn the_environment_is_the_configured_one_plus_home() {
         config["process"]["env"] = json!(["PATH=/bin", "A=1", "A=2"]);
     });
     assert_eq!(env, "A=2\nHOME=/root\nPATH=/bin");
+}
+
+#[test]
+fn variables_stand_once_and_an_empty_home_is_replaced() {
+    if !is_runc_since(2) {
+        return;
+    }
+    let env =
+        output_of("tr '\\0' '\\n' < /proc/self/environ | grep -v -e SHLVL -e PWD", |config| {
+            config["process"]["env"] = json!(["HOME=", "ONE=a", "PATH=/bin", "ONE=b", "HOME="]);
+        });
+    assert_eq!(env, "PATH=/bin\nONE=b\nHOME=/root");
+}
+
+#[test]
+fn an_ambient_capability_that_cannot_be_raised_is_told() {
+    let mut bundle = Bundle::new("grep CapAmb /proc/self/status");
+    bundle.config["process"]["capabilities"] = json!({
+        "bounding": ["CAP_KILL", "CAP_CHOWN"], "permitted": ["CAP_KILL", "CAP_CHOWN"],
+        "effective": ["CAP_KILL"], "inheritable": ["CAP_KILL"],
+        "ambient": ["CAP_KILL", "CAP_CHOWN"],
+    });
+    let outcome = bundle.run();
+    assert!(outcome.stdout.contains("0000000000000020"), "{outcome:?}");
+    let warning = "can't raise ambient capability CAP_CHOWN";
+    assert!(outcome.stderr.contains(warning), "{outcome:?}");
 }
 
 #[test]
@@ -111,7 +137,7 @@ fn the_oom_score_is_set_or_its_refusal_reported() {
     if outcome.code == Some(0) {
         assert_eq!(outcome.stdout.trim(), "-500");
     } else {
-        println!("not possible here: lowering it needs CAP_SYS_RESOURCE");
+        crate::bundle::moot!("lowering it needs CAP_SYS_RESOURCE");
         outcome.fails_with("oom_score_adj");
     }
 }

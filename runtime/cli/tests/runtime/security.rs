@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::bundle::{Bundle, eventually, is_pinion, runtime};
+use crate::bundle::{Bundle, eventually, is_pinion, is_runc_since, runtime};
 
 /// A directory of the host that must not change.
 struct Sentinel {
@@ -441,6 +441,51 @@ fn a_process_entering_the_container_shows_no_descriptor_of_the_host() {
     }
     let log = bundle.rootfs().join("tmp/log");
     assert!(!log.exists(), "{:?}", std::fs::read_to_string(log));
+}
+
+/// A hook of the container's mount namespace that covers `inside`, a path below the root, by a
+/// file of the test.
+fn covering_hook(bundle: &Bundle, inside: &str) -> std::path::PathBuf {
+    let fake = bundle.path().join("fake");
+    std::fs::write(&fake, "untouched\n").unwrap();
+    let script = bundle.path().join("cover.sh");
+    let target = bundle.rootfs().join(inside);
+    let text = format!("#!/bin/sh\nexec mount --bind {} {}\n", fake.display(), target.display());
+    std::fs::write(&script, text).unwrap();
+    set_executable(&script);
+    script
+}
+
+#[test]
+fn a_kernel_parameter_is_not_written_to_what_was_mounted_over_it() {
+    // CVE-2025-52881: runc since 1.2.8 and 1.3.3; the ones before write to the file.
+    if !is_runc_since(4) {
+        return;
+    }
+    let mut bundle = Bundle::new("true");
+    let hook = covering_hook(&bundle, "proc/sys/net/ipv4/ip_forward");
+    bundle.config["linux"]["sysctl"] = json!({ "net.ipv4.ip_forward": "1" });
+    bundle.config["hooks"] = json!({ "createContainer": [
+        { "path": hook, "args": ["cover.sh"], "env": ["PATH=/usr/bin:/bin"] } ] });
+    let outcome = bundle.run();
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    let text = std::fs::read_to_string(bundle.path().join("fake")).unwrap();
+    assert_eq!(text, "untouched\n", "{outcome:?}");
+    bundle.assert_nothing_left();
+}
+
+#[test]
+fn a_volume_over_proc_does_not_hide_the_files_labels_are_written_to() {
+    // CVE-2019-16884.
+    let mut bundle = Bundle::new("true");
+    let source = bundle.path().join("volume");
+    std::fs::create_dir_all(source.join("self/attr")).unwrap();
+    std::fs::write(source.join("self/attr/exec"), "").unwrap();
+    bundle.mount("/proc", "bind", source.to_str().unwrap(), &["rbind"]);
+    let outcome = bundle.run();
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(std::fs::read_to_string(source.join("self/attr/exec")).unwrap(), "");
+    bundle.assert_nothing_left();
 }
 
 fn set_executable(path: &Path) {

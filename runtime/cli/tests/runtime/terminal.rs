@@ -113,3 +113,11 @@ fn run_in_the_foreground_relays_the_terminal() {
     }
     assert!(outcome.ok().contains("from the terminal"));
 }
+
+#[test]
+fn what_a_terminal_prints_into_a_file_has_no_carriage_returns() {
+    let mut bundle = Bundle::new("echo one; echo two; sleep 100");
+    bundle.config["process"]["terminal"] = true.into();
+    bundle.config["process"]["args"] = serde_json::json!(["/bin/sh", "-c", "echo one; echo two"]);
+    assert_eq!(bundle.run().ok(), "one\ntwo\n");
+}

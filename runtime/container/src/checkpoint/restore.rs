@@ -38,7 +38,7 @@ pub struct RestoreOptions<'a> {
     /// The bundle.
     pub bundle: &'a Path,
     /// Who makes cgroups.
-    pub driver: Driver,
+    pub driver: Option<Driver>,
     /// Where to write the process id.
     pub pid_file: Option<&'a Path>,
     /// Where the master of the terminal goes: a connected socket.

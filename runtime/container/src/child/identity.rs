@@ -48,7 +48,15 @@ pub(crate) fn adopt(
 
 fn scheduling(plan: &ProcessPlan) -> Result<(), Failure> {
     if let Some(scheduler) = plan.scheduler {
-        pinion_sys::process::set_scheduler(scheduler).doing(|| "error setting scheduler".into())?;
+        pinion_sys::process::set_scheduler(scheduler).map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EPERM) if scheduler.policy == libc::SCHED_DEADLINE as u32 => {
+                    " (deadline: the process scheduler can't be used together with AllowedCPUs)"
+                }
+                _ => "",
+            };
+            Failure { what: format!("error setting scheduler{hint}"), source: Some(error) }
+        })?;
     }
     if let Some((class, level)) = plan.io_priority {
         pinion_sys::process::set_io_priority(class, level)
@@ -99,7 +107,12 @@ pub(crate) fn label(
             other => other,
         };
         applied.map_err(|failure| Failure {
-            what: format!("unable to apply apparmor profile: {}", failure.what),
+            what: format!(
+                "unable to apply apparmor profile {profile:?}{}: {}",
+                // The file is there: it is the profile that is not.
+                if failure.errno() == Some(libc::ENOENT) { " (is it loaded?)" } else { "" },
+                failure.what
+            ),
             ..failure
         })?;
     }
@@ -120,6 +133,13 @@ pub(crate) struct Prepared {
     env: Vec<CString>,
 }
 
+impl Prepared {
+    /// What the program will find in its environment.
+    pub(crate) fn environment(&self) -> &[CString] {
+        &self.env
+    }
+}
+
 /// Finds the program with the rights this process has now, and completes its environment.
 ///
 /// # Errors
@@ -138,14 +158,15 @@ pub(crate) fn prepare(plan: &ProcessPlan, extra_env: &[CString]) -> Result<Prepa
     Ok(Prepared { path, args, env })
 }
 
-/// Loads the filter and executes the program; returns only on failure.
-pub(crate) fn execute(
-    prepared: &Prepared,
+/// Puts `no_new_privs` and the filter in force: after this, only what they allow.
+///
+/// # Errors
+/// As prctl(2) and seccomp(2).
+pub(crate) fn confine(
     plan: &ProcessPlan,
     filter: Option<&Program>,
     channel: &Channel,
-) -> Result<Infallible, Stopped> {
-    pinion_sys::signal::reset_for_exec();
+) -> Result<(), Stopped> {
     if plan.no_new_privileges {
         rustix::thread::set_no_new_privs(true)
             .doing(|| "PR_SET_NO_NEW_PRIVS".into())
@@ -154,11 +175,19 @@ pub(crate) fn execute(
     if let Some(filter) = filter {
         load(filter, channel).during(Step::Seccomp)?;
     }
+    Ok(())
+}
+
+/// Executes the program; returns only on failure. The process is to be confined already.
+pub(crate) fn execute(prepared: &Prepared) -> Result<Infallible, Stopped> {
+    pinion_sys::signal::reset_for_exec();
     let error = match nix::unistd::execve(&prepared.path, &prepared.args, &prepared.env) {
         Ok(never) => match never {},
         Err(errno) => errno,
     };
-    Err(std::io::Error::from(error)).doing(|| format!("{:?}", plan.args[0])).during(Step::Program)
+    // Found, and still not executed: its interpreter is missing, or it is no program.
+    let what = || format!("exec {}", prepared.path.to_string_lossy());
+    Err(std::io::Error::from(error)).doing(what).during(Step::Execute)
 }
 
 fn load(filter: &Program, channel: &Channel) -> Result<(), Failure> {

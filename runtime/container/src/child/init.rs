@@ -68,6 +68,8 @@ pub struct Init<'a> {
     pub prepared_root: Option<OwnedFd>,
     /// Where the master of the terminal goes.
     pub console: Option<OwnedFd>,
+    /// See [`CreateOptions`](crate::create::CreateOptions).
+    pub line_feeds: bool,
     /// `--no-pivot`.
     pub no_pivot: bool,
     /// False with `--no-new-keyring`.
@@ -115,7 +117,7 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
     settle(plan, &root, &proc).during(Step::Settings)?;
     if let (Some(pty), Some(socket)) = (pty, init.console.take()) {
         rootfs::attach_console(&root, pty.slave.as_fd()).during(Step::Terminal)?;
-        terminal::offer(pty.master.as_fd(), socket.as_fd(), &plan.process)
+        terminal::offer(pty.master.as_fd(), socket.as_fd(), &plan.process, init.line_feeds)
             .and_then(|()| terminal::take(pty.slave.as_fd()))
             .during(Step::Terminal)?;
     }
@@ -132,8 +134,10 @@ fn become_program(mut init: Init<'_>, channel: &mut Channel) -> Result<Infallibl
     let prepared = identity::prepare(&plan.process, &init.extra_env).during(Step::Program)?;
     let state = wait_for_start(&init.listener, channel).during(Step::Enter)?;
     drop(init.listener);
-    run_hooks("startContainer", &plan.hooks.start_container, &state)?;
-    identity::execute(&prepared, &plan.process, plan.seccomp.as_ref(), channel)
+    // The hooks are programs of the container, whose filter holds for them too.
+    identity::confine(&plan.process, plan.seccomp.as_ref(), channel)?;
+    run_hooks("startContainer", &plan.hooks.start_container, &state, prepared.environment())?;
+    identity::execute(&prepared)
 }
 
 /// Closes what the process was copied with but does not need: locks, the runtime's end of
@@ -259,7 +263,7 @@ fn build_root(
         channel.say(&Message::RootfsReady).doing(|| "report".into()).during(Step::Hooks)?;
         let state =
             channel.await_proceed().doing(|| "wait for hooks".into()).during(Step::Hooks)?;
-        run_hooks("createContainer", &plan.hooks.create_container, &state)?;
+        run_hooks("createContainer", &plan.hooks.create_container, &state, &[])?;
     }
     let (root, proc) = rootfs.finish().during(Step::Rootfs)?;
     rootfs::change_root(&root, &plan.root.path, init.no_pivot).during(Step::Rootfs)?;
@@ -270,8 +274,9 @@ fn run_hooks(
     kind: &'static str,
     list: &[oci_spec::runtime::Hook],
     state: &[u8],
+    inherited: &[CString],
 ) -> Result<(), Stopped> {
-    let outcome = hooks::run(kind, list, state, Path::new("/"));
+    let outcome = hooks::run_inheriting(kind, list, state, Path::new("/"), inherited);
     outcome.map_err(|error| Failure::refused(crate::error::chain(&error))).during(Step::Hooks)
 }
 

@@ -35,8 +35,10 @@ pub enum Step {
     Hooks,
     /// Limits, ids, capabilities, labels.
     Identity,
-    /// Finding and executing the program.
+    /// Finding the program.
     Program,
+    /// Executing it.
+    Execute,
     /// Loading the system call filter.
     Seccomp,
 }
@@ -45,7 +47,7 @@ impl fmt::Display for Step {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
             // Clients look for runc's `exec: "…": executable file not found in $PATH`.
-            Step::Program => "exec",
+            Step::Program | Step::Execute => "exec",
             Step::Seccomp => "error loading seccomp filter",
             _ => "error during container init",
         })

@@ -43,6 +43,8 @@ pub struct Tenant<'a> {
     pub join: Join,
     /// Where the master of the terminal goes.
     pub console: Option<OwnedFd>,
+    /// See [`CreateOptions`](crate::create::CreateOptions).
+    pub line_feeds: bool,
     /// False with `--no-new-keyring`.
     pub new_keyring: bool,
     /// Descriptors after the standard ones to pass on.
@@ -101,7 +103,7 @@ impl<'a> Tenant<'a> {
     fn open_console(&mut self) -> Result<Option<OwnedFd>, Failure> {
         let Some(socket) = self.console.take() else { return Ok(None) };
         let pty = open_terminal()?;
-        terminal::offer(pty.master.as_fd(), socket.as_fd(), self.process)?;
+        terminal::offer(pty.master.as_fd(), socket.as_fd(), self.process, self.line_feeds)?;
         Ok(Some(pty.slave))
     }
 }
@@ -138,7 +140,8 @@ impl Entered<'_> {
         rustix::process::set_parent_process_death_signal(None)
             .doing(|| "PR_SET_PDEATHSIG".into())
             .during(Step::Identity)?;
-        identity::execute(&prepared, plan, tenant.filter, channel)
+        identity::confine(plan, tenant.filter, channel)?;
+        identity::execute(&prepared)
     }
 
     fn begin(&self, channel: &Channel) -> Result<(), Failure> {

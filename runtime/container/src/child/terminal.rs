@@ -9,7 +9,8 @@ use crate::error::{Doing, Failure};
 use crate::process::ProcessPlan;
 use crate::rootfs::Root;
 
-/// Hands the master to whoever listens on the console socket.
+/// Hands the master to whoever listens on the console socket. `line_feeds` are kept as they
+/// are for a runtime that copies what is printed itself.
 ///
 /// # Errors
 /// Names the call that failed.
@@ -17,7 +18,11 @@ pub(crate) fn offer(
     master: BorrowedFd<'_>,
     socket: BorrowedFd<'_>,
     plan: &ProcessPlan,
+    line_feeds: bool,
 ) -> Result<(), Failure> {
+    if line_feeds {
+        pinion_sys::tty::keep_line_feeds(master).doing(|| "tcsetattr".into())?;
+    }
     if let Some((rows, columns)) = plan.console_size {
         pinion_sys::tty::set_size(master, rows, columns)
             .doing(|| "set the terminal's size".into())?;

@@ -93,6 +93,21 @@ fn set(mount: BorrowedFd<'_>, attributes: Attributes, recursive: bool) -> std::i
     set_attributes(mount, c"", recursive, &request)
 }
 
+/// Makes an attached mount read-only, and keeps its other attributes.
+///
+/// # Errors
+/// Names the call that failed.
+pub(crate) fn protect(mount: BorrowedFd<'_>) -> Result<(), Failure> {
+    let read_only = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
+    match set(mount, read_only, false) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+            let options = MountOptions { attributes: read_only, ..MountOptions::default() };
+            remount_by_path(mount, &options)
+        }
+        other => other.doing(|| "mount_setattr".into()),
+    }
+}
+
 /// Sets the propagation of an attached mount.
 ///
 /// # Errors

@@ -55,6 +55,8 @@ pub struct Rootfs<'a> {
     proc: Option<OwnedFd>,
     /// A `devpts` mounted at `/dev/pts`.
     devpts: Option<OwnedFd>,
+    /// Mounts that become read-only at the end.
+    read_only: Vec<OwnedFd>,
 }
 
 impl<'a> Rootfs<'a> {
@@ -83,7 +85,7 @@ impl<'a> Rootfs<'a> {
             None => Self::bind_root(plan, shared)?,
         };
         attach::set_propagation(root.as_fd(), &[(libc::MS_PRIVATE, false)])?;
-        Ok(Self { root: Root::new(root), cgroups, proc: None, devpts: None })
+        Ok(Self { root: Root::new(root), cgroups, proc: None, devpts: None, read_only: Vec::new() })
     }
 
     fn bind_root(plan: &RootPlan, shared: bool) -> Result<OwnedFd, Failure> {
@@ -117,6 +119,9 @@ impl<'a> Rootfs<'a> {
             Some(mount) => Proc::on(mount)?,
             None => Proc::detached()?,
         };
+        for mount in &self.read_only {
+            attach::protect(mount.as_fd())?;
+        }
         Ok((self.root, proc))
     }
 
@@ -190,11 +195,18 @@ impl<'a> Rootfs<'a> {
                 ))
             })?;
         }
-        let options = with_mode_of(existed.as_ref(), name, &plan.options);
+        let mut options = with_mode_of(existed.as_ref(), name, &plan.options);
+        if plan.is_read_only_at_the_end() {
+            options.attributes.set &= !libc::MOUNT_ATTR_RDONLY;
+        }
         let mount = match attach::detached_filesystem(name, source, &options) {
             Ok(mount) => mount,
             Err(failure) if failure.errno() == Some(libc::ENOSYS) => {
-                return self.mount_filesystem_by_path(plan, name, source, target.as_fd());
+                return self.mount_filesystem_by_path(
+                    plan,
+                    (name, source, &options),
+                    target.as_fd(),
+                );
             }
             // A user namespace without its own network namespace may not mount sysfs.
             Err(failure) if failure.errno() == Some(libc::EPERM) && name == "sysfs" => {
@@ -209,33 +221,34 @@ impl<'a> Rootfs<'a> {
         }
         attach::place(mount.as_fd(), target.as_fd()).doing(|| "move_mount".into())?;
         attach::set_propagation(mount.as_fd(), &options.propagation)?;
-        self.remember(plan, name, mount);
-        Ok(())
+        self.remember(plan, name, mount)
     }
 
     fn mount_filesystem_by_path(
         &mut self,
         plan: &MountPlan,
-        name: &str,
-        source: &str,
+        (name, source, options): (&str, &str, &MountOptions),
         target: BorrowedFd<'_>,
     ) -> Result<(), Failure> {
         if plan.options.copy_up {
             return Err(Failure::refused("tmpcopyup needs Linux 5.2"));
         }
-        attach::filesystem_by_path(name, source, &plan.options, target)?;
+        attach::filesystem_by_path(name, source, options, target)?;
         let mounted = self.root.find(&plan.destination).doing(|| "reopen".into())?;
         attach::set_propagation(mounted.as_fd(), &plan.options.propagation)?;
-        self.remember(plan, name, mounted);
-        Ok(())
+        self.remember(plan, name, mounted)
     }
 
-    fn remember(&mut self, plan: &MountPlan, name: &str, mount: OwnedFd) {
+    fn remember(&mut self, plan: &MountPlan, name: &str, mount: OwnedFd) -> Result<(), Failure> {
+        if plan.is_read_only_at_the_end() {
+            self.read_only.push(mount.try_clone().doing(|| "dup".into())?);
+        }
         if name == "proc" && plan.destination == Path::new("/proc") {
             self.proc = Some(mount);
         } else if name == "devpts" && plan.destination == Path::new("/dev/pts") {
             self.devpts = Some(mount);
         }
+        Ok(())
     }
 }
 
@@ -310,15 +323,8 @@ fn make_parent_private(path: &Path) -> Result<(), Failure> {
 /// Names the call that failed.
 pub fn finish_root(root: &Root, plan: &RootPlan) -> Result<(), Failure> {
     if plan.read_only {
-        let read_only = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, ..Default::default() };
-        match set_attributes(root.as_fd(), c"", false, &read_only) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
-                let flags = rustix::mount::MountFlags::RDONLY | rustix::mount::MountFlags::BIND;
-                rustix::mount::mount_remount("/", flags, c"")
-                    .doing(|| "make the root read-only".into())?;
-            }
-            other => other.doing(|| "make the root read-only".into())?,
-        }
+        attach::protect(root.as_fd())
+            .map_err(|f| Failure { what: format!("make the root read-only: {}", f.what), ..f })?;
     }
     match plan.propagation {
         Some(propagation) => attach::set_propagation(root.as_fd(), &[propagation]),
