@@ -108,7 +108,7 @@ pub(crate) fn run(assets: &Assets) -> Result<()> {
     let first_id = cri.launch(&pod_id, &pod, &first)?;
     own_kernel(&cri, &first_id)?;
     containers(&site, &cri, (&pod, &pod_id), (&first, &first_id))?;
-    jailed(&site)?;
+    jailed(&site, &cri, &pod_id)?;
     volumes.seen(&cri, &first_id)?;
     volumes.confined(&site, &cri, (&pod, &pod_id), &first_id)?;
     statistics(&cri, &first_id)?;
@@ -222,7 +222,7 @@ fn containers(
 }
 
 /// What the machine's process can do to the host, as the kernel says: nothing.
-fn jailed(site: &Site) -> Result<()> {
+fn jailed(site: &Site, cri: &Cri, pod_id: &str) -> Result<()> {
     let pid = machine(site)?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))
         .during(|| format!("read the status of {pid}"))?;
@@ -277,6 +277,14 @@ fn jailed(site: &Site) -> Result<()> {
             format!("QEMU has {target} open")
         })?;
     }
+    let info = cri.pod_info(pod_id)?;
+    let threads = info["guest"]["threads"].as_array().cloned().unwrap_or_default();
+    for thread in &threads {
+        let comm = fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"));
+        let comm = comm.during(|| format!("thread {thread} is none of {pid}"))?;
+        ensure(comm.starts_with("CPU "), || format!("thread {thread} is {comm:?}"))?;
+    }
+    ensure(!threads.is_empty(), || "the processors have no threads".into())?;
     step("QEMU: a user of its own without rights, seccomp, its own namespaces, nothing to write");
     Ok(())
 }

@@ -45,6 +45,25 @@ pub(crate) fn in_new_pid_namespace<T>(work: impl FnOnce() -> io::Result<T>) -> i
     done
 }
 
+/// Threads of process `pid`, by the numbers that they have in its own PID namespace, as they
+/// are called here; 0 for one that is gone.
+pub(crate) fn threads_outside(pid: i32, inside: &[i32]) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let pairs: Vec<(i32, i32)> = tasks
+        .filter_map(|task| pair(&fs::read_to_string(task.path().join("status")).ok()?))
+        .collect();
+    let outside = |thread: &i32| pairs.iter().find(|(inner, _)| inner == thread);
+    inside.iter().map(|thread| outside(thread).map_or(0, |(_, outer)| *outer)).collect()
+}
+
+/// The innermost and the outermost number of a thread, from its status (proc_pid_status(5)).
+fn pair(status: &str) -> Option<(i32, i32)> {
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    let mut numbers = line.split_whitespace();
+    let outer = numbers.next()?.parse().ok()?;
+    Some((numbers.last().map_or(Ok(outer), str::parse).ok()?, outer))
+}
+
 /// Whether the other end of the socket that is our standard error is still there: in a PID
 /// namespace of one's own a parent cannot be asked for.
 pub(crate) fn monitor_lives() -> bool {
@@ -140,4 +159,18 @@ fn found_is_fine(error: &io::Error) -> bool {
 
 fn make_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_have_a_number_in_each_namespace() {
+        assert_eq!(pair("Name:\tx\nNSpid:\t300\t7\t4\n"), Some((4, 300)));
+        assert_eq!(pair("NSpid:\t300\n"), Some((300, 300)));
+        assert_eq!(pair("NSpid:\n"), None);
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(threads_outside(own, &[own, -5]), [own, 0]);
+    }
 }

@@ -10,6 +10,7 @@ use pinion_monitor_proto::message::Cause;
 
 use super::{Guest, Script, State};
 use crate::event::Timer;
+use crate::jail;
 use crate::link::{LinkError, LinkPart};
 use crate::pod::Pod;
 use crate::reactor::Ready;
@@ -100,7 +101,8 @@ impl Pod {
                 let answer = self.journal.noted("query processors", result);
                 let answer = answer.and_then(|answers| answers.into_iter().next());
                 if let (Some(guest), Some(answer)) = (self.guest(), answer) {
-                    guest.about.vcpu_threads = threads(&answer);
+                    let told = threads(&answer);
+                    guest.about.vcpu_threads = jail::threads_outside(guest.pid, &told);
                 }
             }
             Script::Plug(key, creation) => self.plugged(key, *creation, result.map(drop)),
