@@ -132,7 +132,7 @@ impl Volumes {
             Err(Error::Rpc { message, .. }) => {
                 ensure(message.contains("propagate") || message.contains("propagation"), || {
                     message.clone()
-                })?
+                })?;
             }
             other => return Err(Error::check(format!("propagation was given: {other:?}"))),
         }
