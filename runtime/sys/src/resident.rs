@@ -95,7 +95,7 @@ Anonymous:             0 kB
 
     #[test]
     fn the_program_goes_on_afterwards() {
-        let words = vec!["still", "here"];
+        let words = ["still", "here"];
         assert!(let_go_of_code().unwrap() > 4096);
         assert_eq!(words.join(" "), "still here");
         assert!(let_go_of_code().unwrap() > 4096, "and it may be done again");
