@@ -32,7 +32,7 @@ cat >"$WORK/containers.conf" <<T
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
 [engine]
-runtime_supports_nocgroups = ["$(basename "$RUNTIME")"]
+runtime_supports_nocgroup = ["$(basename "$RUNTIME")"]
 T
 export CONTAINERS_CONF=$WORK/containers.conf
 GLOBAL=(--root "$WORK/podman" --runroot "$WORK/podman-run" --storage-driver vfs

@@ -76,7 +76,7 @@ pub(crate) fn has_program(name: &str) -> bool {
 pub(crate) fn has_full_program(name: &str) -> bool {
     let full = has_program(name) && output(Command::new(name).arg("-V")).status.success();
     if !full {
-        println!("not possible here: {name} is only busybox's");
+        moot!("{name} is only busybox's");
     }
     full
 }

@@ -22,7 +22,6 @@ mod faults;
 mod hooks;
 mod labels;
 mod lifecycle;
-mod missing_calls;
 mod mounts;
 mod network_devices;
 mod process;

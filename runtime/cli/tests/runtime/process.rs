@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, capabilities, is_runc_since};
+use crate::bundle::{Bundle, capabilities};
 
 /// Runs `script` after `change` and returns its output.
 #[track_caller]
@@ -16,18 +16,6 @@ fn the_environment_is_the_configured_one_plus_home() {
         config["process"]["env"] = json!(["PATH=/bin", "A=1", "A=2"]);
     });
     assert_eq!(env, "A=2\nHOME=/root\nPATH=/bin");
-}
-
-#[test]
-fn variables_stand_once_and_an_empty_home_is_replaced() {
-    if !is_runc_since(2) {
-        return;
-    }
-    let env =
-        output_of("tr '\\0' '\\n' < /proc/self/environ | grep -v -e SHLVL -e PWD", |config| {
-            config["process"]["env"] = json!(["HOME=", "ONE=a", "PATH=/bin", "ONE=b", "HOME="]);
-        });
-    assert_eq!(env, "PATH=/bin\nONE=b\nHOME=/root");
 }
 
 #[test]
