@@ -9,6 +9,8 @@
 //! | a restart of the server | grants are forgotten |
 
 mod healing;
+mod infra;
+mod outside;
 mod refusals;
 mod settings;
 mod undisturbed;
@@ -48,13 +50,31 @@ const CASES: &[Case] = &[
     ("a wake-up latency limit holds while the container does", settings::latency),
     ("the server's death at any moment leaves no setting behind", settings::killed_on_the_way),
     ("a rewritten ancestor does not end exclusivity", healing::ancestor),
+    ("the container's own lists rewritten do not end exclusivity", healing::own_lists),
+    (
+        "a list above rewritten keeps no CPUs isolated for nobody",
+        healing::ends_below_a_rewritten_list,
+    ),
     ("a neighbour that takes the CPUs does not end exclusivity", healing::neighbour),
     ("a resize from two CPUs to four has four, all exclusive", healing::grows),
     ("a move to other CPUs and memory arrives whole", healing::moves),
     ("a resize that cannot be leaves the old state and an error", healing::cannot),
     ("each guarantee broken on purpose is refused by its name", refusals::all),
+    ("a pool that shrinks under its grants is told, and told to be well again", outside::drift),
+    ("the node profile is compared, and what it may repair is put right", outside::profile),
+    ("pinctl chooses exclusive CPUs of one node, and refuses what is not there", outside::chosen),
+    ("every thread of ours stays on the CPUs for infrastructure", infra::confined),
     ("no task of others runs on exclusive CPUs while pods come and go", undisturbed::churn),
 ];
+
+/// Only the last case, in its long form: fifty pods that come and go.
+pub(crate) fn churn(assets: &Assets, pods: usize) -> Result<()> {
+    let site = Site::open(assets, Kind::Piniond)?;
+    site.warm_up(&site.connect()?)?;
+    let before = Snapshot::take();
+    undisturbed::disturb(&site, pods)?;
+    clean(&site, &before)
+}
 
 /// Runs every case, or those whose name contains `only`, on a machine that can give all of it; elsewhere that is an error.
 pub(crate) fn run(assets: &Assets, only: Option<&str>) -> Result<()> {

@@ -19,7 +19,7 @@
 //! | `irq-load-balancing.crio.io` | `disable`, `enable` | `irq.pinion.dev/quiet` |
 //! | `cpu-c-states.crio.io` | `disable`, `enable`, `max_latency:<µs>` | the wake-up latency the CPUs may have |
 //! | `cpu-freq-governor.crio.io` | a governor | the CPUs' frequency governor |
-//! | `cpu-shared.crio.io` | `enable`, `disable` | shared CPUs beside the exclusive ones: always refused, see [`Wishes::shared`] |
+//! | `cpu-shared.crio.io` | `enable`, `disable` | shared CPUs beside its own, which are then not isolated; refused where strict, see [`Wishes::shared`] |
 //!
 //! For one container the name is followed by `.<container>` (Pinion's) or `/<container>`
 //! (CRI-O's); that wins over the pod's, and Pinion's wins over CRI-O's. They are read from the
@@ -94,7 +94,9 @@ pub(crate) struct Wishes {
     /// The frequency governor.
     pub(crate) governor: Option<String>,
     /// Shared CPUs beside the exclusive ones. One cgroup cannot be an isolated partition and
-    /// have CPUs outside it, so this is not given, and said.
+    /// have CPUs outside it, and a thread cannot move itself between two groups from inside a
+    /// container. So the container's own CPUs are kept from other containers and from us, but
+    /// not from other tasks of the node: degraded, or refused where strict.
     pub(crate) shared: bool,
 }
 

@@ -156,6 +156,10 @@ impl Config {
             let reason = format!("{address} is not loopback; allow_remote = true permits that");
             return Err(ConfigError::Value { key: "web.address", reason });
         }
+        if let Err(error) = self.isolation.shared_cpus.parse::<pinion_topology::CpuSet>() {
+            let reason = format!("{:?}: {error}", self.isolation.shared_cpus);
+            return Err(ConfigError::Value { key: "isolation.shared_cpus", reason });
+        }
         if self.runtime.pids_limit < 0 {
             let reason = format!("{} is negative; 0 means no limit", self.runtime.pids_limit);
             return Err(ConfigError::Value { key: "runtime.pids_limit", reason });

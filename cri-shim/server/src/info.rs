@@ -99,6 +99,8 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
     }
     let devices = node.clone();
     let cdi = crate::services::blocking(move || Ok(devices.devices.cdi())).await;
+    let infra = node.clone();
+    let infra = crate::services::blocking(move || crate::contract::infra::usage(&infra)).await;
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "root": node.paths.root(),
@@ -117,6 +119,8 @@ pub(crate) async fn of_node(node: &Arc<Node>) -> Value {
         "uptimeSeconds": node.began.elapsed().as_secs(),
         "findings": findings,
         "nodeSettings": node.settings.changed(),
+        "hugepageDrift": node.pools.words(),
+        "infrastructure": infra.map_or_else(|error| json!(error.chain()), |usage| json!(usage)),
         "cdi": cdi.unwrap_or_default(),
         "vfio": node.devices.claims(),
         "profile": node.profile.json(),

@@ -14,7 +14,9 @@ use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::contract::cpus::Chosen;
 use crate::contract::devices::Inventory;
+use crate::contract::heal::Journal;
 use crate::contract::hugepages::Hugepages;
+use crate::contract::pools::Pools;
 use crate::contract::settings::Settings;
 use crate::contract::watch::Histories;
 use crate::error::{Context as _, Result};
@@ -70,8 +72,10 @@ pub(crate) struct Node {
     /// Why pods cannot have user namespaces of their own here, if they cannot.
     pub(crate) no_user_namespaces: Option<String>,
     pub(crate) hugepages: Hugepages,
+    pub(crate) pools: Pools,
     pub(crate) settings: Settings,
     pub(crate) histories: Histories,
+    pub(crate) heals: Journal,
     pub(crate) devices: Inventory,
     pub(crate) cpus: Chosen,
     pub(crate) profile: Profile,
@@ -122,8 +126,10 @@ impl Node {
             facts: parts.facts,
             no_user_namespaces: parts.no_user_namespaces,
             hugepages: Hugepages::default(),
+            pools: Pools::default(),
             settings: Settings::default(),
             histories: Histories::default(),
+            heals: Journal::default(),
             cpus: Chosen::default(),
             profile: parts.profile,
             registry: Registry::default(),

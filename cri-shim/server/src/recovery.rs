@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
+use crate::contract::heal::{self, HEALS};
 use crate::contract::hugepages::GRANTS;
 use crate::contract::settings::{self, LEASES, SETTINGS};
 use crate::error::{Context, Error, Kind, Result};
@@ -81,6 +82,10 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
 /// Gives back what was lent to containers that have ended or are gone.
 async fn settle_settings(node: &Arc<Node>) {
     let snapshot = node.registry.snapshot();
+    let known = snapshot.containers().map(|(_, c)| c.id.clone()).collect();
+    if let Err(error) = heal::settle(node, &known).await {
+        node.find(error.chain());
+    }
     let live = snapshot.containers().filter(|(_, c)| c.exit.is_none()).map(|(_, c)| c.id.clone());
     if let Err(error) = settings::settle(node, &live.collect()).await {
         node.find(error.chain());
@@ -104,6 +109,7 @@ fn read(node: &Node) -> Result<Found> {
     let containers = list(node, CONTAINERS)?;
     let grants = list(node, GRANTS)?;
     node.hugepages.restore(grants.into_iter().collect());
+    node.heals.restore(list(node, HEALS)?);
     restore_settings(node)?;
     let intents = list(node, pinion_store::INTENTS)?;
     Ok(Found {

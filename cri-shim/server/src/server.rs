@@ -22,6 +22,7 @@ use tonic::transport::Server;
 
 use crate::cgroups::Cgroups;
 use crate::config::{CgroupDriver, Config};
+use crate::contract::infra;
 use crate::error::{Context, Error, Kind, Result};
 use crate::node::{Node, Parts};
 use crate::paths::Paths;
@@ -55,6 +56,9 @@ pub(crate) fn run(config: Config) -> Result<()> {
         private_directory(directory)?;
     }
     let _lock = lock(&paths.run_dir().join("piniond.lock"))?;
+    let profile = Profile::load(config.node.profile.clone());
+    // Before the first thread, since threads inherit it.
+    infra::confine_start(&profile.reserved());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING)
@@ -63,10 +67,12 @@ pub(crate) fn run(config: Config) -> Result<()> {
         .build()
         .context(|| "start the event loop".to_string())?;
     let result = runtime.block_on(async {
-        let node = Arc::new(open(config, &paths, systemd).await?);
+        let node = Arc::new(open(config, &paths, profile, systemd).await?);
         recovery::run(&node).await?;
         tokio::spawn(crate::contract::settings::watch(node.clone()));
         tokio::spawn(crate::contract::watch::run(node.clone()));
+        tokio::spawn(infra::run(node.clone()));
+        tokio::spawn(crate::contract::pools::run(node.clone()));
         nri::start(&node).await?;
         serve(node, began).await
     });
@@ -95,7 +101,7 @@ fn lock(path: &Path) -> Result<File> {
 }
 
 /// Opens everything the node is made of.
-async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
+async fn open(config: Config, paths: &Paths, profile: Profile, systemd: bool) -> Result<Node> {
     let hierarchies =
         Hierarchies::detect().context(|| "find the cgroup hierarchies".to_string())?;
     let driver = match config.runtime.cgroup_driver {
@@ -124,7 +130,6 @@ async fn open(config: Config, paths: &Paths, systemd: bool) -> Result<Node> {
         guard: config.network.guard,
     });
     let facts = cgroups.host_facts();
-    let profile = Profile::load(config.node.profile.clone());
     let no_user_namespaces = users::probe(&images, paths.run_dir());
     if let Some(reason) = &no_user_namespaces {
         tracing::info!(reason, "pods cannot have user namespaces of their own here");

@@ -146,7 +146,8 @@ impl Facts {
         Ok(facts)
     }
 
-    fn read_v2(&mut self, root: &Path, cgroup: &Path, target: &Target) -> Result<(), FactsError> {
+    /// The root's CPUs and the groups down to the container's, whose directory it returns.
+    fn read_chain(&mut self, root: &Path, cgroup: &Path) -> Result<PathBuf, FactsError> {
         let effective = files::read_set::<Cpus>(&root.join("cpuset.cpus.effective"))?;
         self.root_effective = effective.unwrap_or_else(|| self.topology.online.clone());
         let mut dir = root.to_owned();
@@ -155,6 +156,11 @@ impl Facts {
             self.chain.push(group(&dir)?);
         }
         self.support = support(&dir, &self.kernel);
+        Ok(dir)
+    }
+
+    fn read_v2(&mut self, root: &Path, cgroup: &Path, target: &Target) -> Result<(), FactsError> {
+        let dir = self.read_chain(root, cgroup)?;
         let wanted = target.cpus.clone().unwrap_or_default();
         for other in files::directories(root) {
             let related = other.starts_with(&dir) || dir.starts_with(&other);
@@ -168,6 +174,65 @@ impl Facts {
             let cpus: CpuSet = files::read_set(&other.join("cpuset.cpus"))?.unwrap_or_default();
             if other.parent() == dir.parent() && !cpus.is_disjoint(&wanted) {
                 self.overlapping.push(Holder { dir: other, cpus });
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads only the groups on the way down to the container's and those directly beside
+    /// them, and of the machine only which CPUs are online.
+    pub(crate) fn around(host: &Host, target: &Target) -> Result<Self, FactsError> {
+        let online = host.root.join("sys/devices/system/cpu/online");
+        let mut facts = Self {
+            kernel: host.kernel.clone(),
+            topology: Topology {
+                cpus: Vec::new(),
+                nodes: Vec::new(),
+                hugepages: Vec::new(),
+                online: files::read_set(&online)?.unwrap_or_default(),
+                offline: CpuSet::new(),
+                isolated: CpuSet::new(),
+                nohz_full: CpuSet::new(),
+            },
+            support: Support::Absent,
+            root_effective: CpuSet::new(),
+            chain: Vec::new(),
+            holders: Vec::new(),
+            overlapping: Vec::new(),
+            quotas_v1: Vec::new(),
+        };
+        let (Some(root), Some(cgroup)) = (host.v2_with_cpuset(), &target.cgroup) else {
+            return Ok(facts);
+        };
+        facts.read_chain(root, cgroup)?;
+        let wanted = target.cpus.clone().unwrap_or_default();
+        let own: Vec<PathBuf> = facts.chain.iter().map(|group| group.dir.clone()).collect();
+        let mut parent = root;
+        for dir in &own {
+            for beside in files::children(parent).into_iter().filter(|child| child != dir) {
+                facts.read_beside(&beside, Some(dir) == own.last(), &wanted)?;
+            }
+            parent = dir;
+        }
+        Ok(facts)
+    }
+
+    /// What a group beside the way down has of the wanted CPUs.
+    fn read_beside(
+        &mut self,
+        beside: &Path,
+        of_the_container: bool,
+        wanted: &CpuSet,
+    ) -> Result<(), FactsError> {
+        let set = |name: &str| files::read_set::<Cpus>(&beside.join(name));
+        let cpus = set("cpuset.cpus.exclusive")?.unwrap_or_default();
+        if !cpus.is_disjoint(wanted) {
+            self.holders.push(Holder { dir: beside.to_owned(), cpus });
+        }
+        if of_the_container {
+            let cpus = set("cpuset.cpus")?.unwrap_or_default();
+            if !cpus.is_disjoint(wanted) {
+                self.overlapping.push(Holder { dir: beside.to_owned(), cpus });
             }
         }
         Ok(())

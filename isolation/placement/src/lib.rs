@@ -28,6 +28,7 @@ mod enforce;
 mod exclusivity;
 mod facts;
 mod files;
+mod heal;
 mod hold;
 mod host;
 mod ledger;
@@ -48,6 +49,7 @@ pub use exclusivity::{
     Basis, Exclusivity, ExclusivityInputs, Recorded, SharedWhy, Source, exclusivity,
 };
 pub use facts::{Facts, FactsError, Group, Holder, PartitionState, Support};
+pub use heal::heal;
 pub use hold::{lost, moves_hugepages, watched};
 pub use host::{Host, Kernel, TreeLock};
 pub use ledger::{Drift, Grant, HugepageDemand, Ledger, NodePool};

@@ -105,6 +105,16 @@ pub fn plan(facts: &Facts, target: &Target, request: &Request) -> Result<Plan, R
     Ok(plan)
 }
 
+/// Plans only what exclusivity needs, from facts that may be as few as [`Facts::around`] has.
+pub(crate) fn repair(facts: &Facts, target: &Target, request: &Request) -> Result<Plan, Refusal> {
+    let (mut steps, _others_quotas) = no_throttling(facts, request.owned_levels);
+    if let Some(kind) = request.partition {
+        steps.extend(exclusive_cpus(facts, target, kind)?.0);
+    }
+    let (subject, hint) = (Subject::new(target, request), hint(facts));
+    Ok(Plan { steps, release: Vec::new(), shortfalls: Vec::new(), subject, hint })
+}
+
 /// Reads back whether the plan's terms are in force.
 #[must_use]
 pub fn verify(host: &Host, plan: &Plan) -> Vec<Term> {

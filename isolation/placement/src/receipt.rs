@@ -120,7 +120,7 @@ impl Receipt {
     }
 
     /// Adds what was found out elsewhere (a plan's shortfall, a failed proof) and judges anew.
-    pub(crate) fn add(&mut self, strict: bool, refusal: &Refusal) {
+    pub fn add(&mut self, strict: bool, refusal: &Refusal) {
         if let Some(term) = self.terms.iter_mut().find(|term| term.name == refusal.term) {
             term.asked.get_or_insert_with(|| "yes".to_owned());
             // The plan knows the cause, the audit saw the effect: the cause comes first.

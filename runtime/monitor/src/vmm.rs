@@ -213,6 +213,10 @@ fn carry_out(orders: &Orders) -> Result<std::convert::Infallible, (String, io::E
         let mask = mask(cpus).ok_or(io::ErrorKind::InvalidInput.into());
         mask.and_then(|mask| pinion_sys::process::set_affinity(&mask))
             .map_err(step(&format!("run on CPUs {cpus}")))?;
+    } else {
+        // Whoever started us may be confined to CPUs for infrastructure, and the machine is
+        // none; where it cannot be lifted, it stays.
+        let _ = pinion_sys::process::set_affinity(&[u64::MAX; 128]);
     }
     if let Some(directory) = &orders.tree {
         unshare_mounts().map_err(step("make a mount namespace"))?;

@@ -1,8 +1,8 @@
 //! Exclusive CPUs under attack: back within the budget, or the old state and an error.
 //!
 //! Faults are those a real node knows (an ancestor rewritten, a neighbour that takes the
-//! CPUs, resizes); the time is from the fault to the kernel's own word that the partition is
-//! valid again, seen by this process.
+//! CPUs, the container's own lists rewritten, resizes); the time is from the fault to the
+//! kernel's own word that the partition is valid again, seen by this process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,10 @@ use crate::evidence;
 use crate::pinned::{self, Ask};
 use crate::site::Site;
 
-/// The promise is 100 ms on hardware. An emulated machine runs some tens of times slower.
-const BUDGET: Duration = Duration::from_millis(4000);
+/// The promise: back within this time, from the fault on.
+const PROMISED: Duration = Duration::from_millis(100);
+/// What it may take on an emulated machine that others keep busy.
+const BUDGET: Duration = Duration::from_millis(2000);
 const PAGES: u64 = 8;
 
 /// The cgroup of the container that holds [`PAGES`] pages.
@@ -55,7 +57,8 @@ fn broken(what: &str, group: &Path, cpus: &str, fault: impl FnOnce() -> Result<(
         std::thread::sleep(Duration::from_millis(1));
     }
     let took = began.elapsed();
-    println!("  {what}: in force again after {} ms", took.as_millis());
+    let late = if took > PROMISED { ", more than the 100 ms promised on hardware" } else { "" };
+    println!("  {what}: in force again after {} ms{late}", took.as_millis());
     ensure(seen, || format!("{what} did not break anything, so nothing was shown"))
 }
 
@@ -109,6 +112,44 @@ pub(super) fn ancestor(site: &mut Site) -> Result<()> {
     })?;
     check_kernel(&ask)?;
     told(&cri, &id)
+}
+
+/// The container's own lists rewritten by somebody else: to other CPUs, to fewer, to none.
+pub(super) fn own_lists(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let ask = ask(0, PAGES)?;
+    let id = start_pinned(site, &cri, "rewritten", &ask)?;
+    let group = group()?;
+    let lists = ["cpuset.cpus.exclusive", "cpuset.cpus"];
+    for (what, cpus) in [("other CPUs", "2-3"), ("one CPU", "5")] {
+        let fault = || lists.iter().try_for_each(|list| write(&group.join(list), cpus));
+        broken(&format!("its lists rewritten to {what}"), &group, &ask.cpus, fault)?;
+    }
+    broken("its own exclusive list emptied", &group, &ask.cpus, || {
+        lists.iter().rev().try_for_each(|list| write(&group.join(list), "\n"))
+    })?;
+    check_kernel(&ask)?;
+    told(&cri, &id)
+}
+
+/// A partition that is left while a list above lacks its CPUs would keep them isolated for
+/// nobody; the end of a container gives them back all the same, even when the server is not
+/// there to repair the list first.
+pub(super) fn ends_below_a_rewritten_list(site: &mut Site) -> Result<()> {
+    let cri = site.connect()?;
+    let ask = ask(0, PAGES)?;
+    start_pinned(site, &cri, "ending", &ask)?;
+    ensure(evidence::isolated_cpus()? == ask.cpus, || "its CPUs are not isolated".into())?;
+    drop(cri);
+    site.server.kill()?;
+    let pod = group()?.parent().ok_or_else(|| Error::check("no parent"))?.to_owned();
+    for dir in [pod.as_path(), Path::new("/sys/fs/cgroup/kubepods")] {
+        write(&dir.join("cpuset.cpus.exclusive"), "\n")?;
+    }
+    site.server.restart()?;
+    site.connect()?.remove_all()?;
+    let isolated = evidence::isolated_cpus()?;
+    ensure(isolated.is_empty(), || format!("CPUs {isolated} are isolated for nobody"))
 }
 
 pub(super) fn neighbour(site: &mut Site) -> Result<()> {

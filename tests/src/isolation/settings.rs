@@ -160,7 +160,7 @@ fn new_interrupt(own: &CpuSet) -> Result<()> {
 }
 
 /// Whether the kernel refuses to take the value an interrupt has already.
-fn writes_are_refused(irq: u32) -> bool {
+pub(super) fn writes_are_refused(irq: u32) -> bool {
     let path = format!("/proc/irq/{irq}/smp_affinity_list");
     fs::read_to_string(&path).is_ok_and(|list| fs::write(&path, list.trim()).is_err())
 }

@@ -16,9 +16,10 @@ use crate::pinned;
 use crate::site::Site;
 
 const TRACE: &str = "/sys/kernel/tracing";
-/// Pods that come and go; a tenth of what a node would see in its busiest minute, since the
-/// machine is emulated.
-const PODS: usize = 8;
+/// Pods that come and go in the short form; the long one has fifty.
+const PODS: usize = 10;
+/// How many of them at once.
+const AT_ONCE: usize = 5;
 const PROBES: usize = 3;
 
 /// The scheduler's switches on some CPUs, recorded until this value ends.
@@ -96,6 +97,11 @@ fn switched_to(trace: &str) -> BTreeMap<String, (u32, u32)> {
 }
 
 pub(super) fn churn(site: &mut Site) -> Result<()> {
+    disturb(site, PODS)
+}
+
+/// Has `pods` come and go, with image pulls, probes and logs, while a strict pod spins.
+pub(super) fn disturb(site: &Site, pods: usize) -> Result<()> {
     let cri = site.connect()?;
     let ask = ask(0, 0)?;
     let pod = strict_pod(site, "spinner")?;
@@ -106,13 +112,26 @@ pub(super) fn churn(site: &mut Site) -> Result<()> {
     let cpus: CpuSet = ask.cpus.parse().map_err(|e| Error::check(format!("{e}")))?;
     let recorder = Recorder::start(&cpus)?;
     let before = evidence::cpu_times(&cpus)?;
-    for number in 0..PODS {
-        one_pod(site, &cri, number)?;
-    }
+    let counts = evidence::interrupt_counts(&cpus)?;
+    std::thread::scope(|scope| {
+        let lanes: Vec<_> = (0..AT_ONCE)
+            .map(|lane| {
+                scope.spawn(move || {
+                    let cri = site.connect()?;
+                    (lane..pods).step_by(AT_ONCE).try_for_each(|pod| one_pod(site, &cri, pod))
+                })
+            })
+            .collect();
+        let done = |lane: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            lane.join().map_err(|_panic| Error::check("a lane of pods panicked"))?
+        };
+        lanes.into_iter().try_for_each(done)
+    })?;
     let tasks = recorder.tasks()?;
     drop(recorder);
     let used = evidence::cpu_times(&cpus)?;
-    println!("  {PODS} pods came and went; on CPUs {cpus} ran {tasks:?}");
+    println!("  {pods} pods came and went, {AT_ONCE} at a time; on CPUs {cpus} ran {tasks:?}");
+    interrupted(&cpus, &counts)?;
     let foreign: Vec<&String> = tasks
         .iter()
         .filter(|(name, _)| !is_own(name) && !is_kernel(name))
@@ -125,12 +144,31 @@ pub(super) fn churn(site: &mut Site) -> Result<()> {
     ensure(throttling["evidence"]["nr_throttled"] == "0", || format!("throttled: {throttling}"))
 }
 
+/// Only interrupts that the kernel does not let go elsewhere may have occurred, and of the
+/// others one that was on its way.
+fn interrupted(cpus: &CpuSet, before: &BTreeMap<u32, u64>) -> Result<()> {
+    let mut residual = BTreeMap::new();
+    for (irq, count) in evidence::interrupt_counts(cpus)? {
+        let occurred = count - before.get(&irq).copied().unwrap_or(0);
+        if occurred > 0 && super::settings::writes_are_refused(irq) {
+            residual.insert(irq, occurred);
+        } else {
+            ensure(occurred <= 1, || format!("interrupt {irq} occurred {occurred} times there"))?;
+        }
+    }
+    println!("  interrupts there that cannot be elsewhere: {residual:?}");
+    Ok(())
+}
+
 /// A pod with probes and a log, from pull to removal.
 fn one_pod(site: &Site, cri: &Cri, number: usize) -> Result<()> {
     cri.pull(catalogue::WORKLOAD)?;
     let pod = pinned::kubelet_pod(site, &format!("churn-{number}"), "burstable")?;
-    let container =
-        Container::new("main", catalogue::WORKLOAD, &["sh", "-c", "echo hello; sleep 300"]);
+    let container = Container::new(
+        "main",
+        catalogue::WORKLOAD,
+        &["sh", "-c", "pinion-workload count 2000; sleep 300"],
+    );
     let pod_id = cri.run_pod(&pod)?;
     let id = cri.launch(&pod_id, &pod, &container)?;
     for _ in 0..PROBES {

@@ -14,6 +14,9 @@ pub struct Isolation {
     pub infer_exclusive: bool,
     /// Keep interrupts off exclusive CPUs unless a pod says otherwise.
     pub steer_interrupts: bool,
+    /// CPUs for containers that ask for shared ones beside their own (`cpu-shared.crio.io`);
+    /// the node profile's `reserved_cpus` when empty.
+    pub shared_cpus: String,
     /// Where kubelet keeps its state: `cpu_manager_state`, `pod-resources/kubelet.sock`.
     pub kubelet_dir: PathBuf,
 }
@@ -24,6 +27,7 @@ impl Default for Isolation {
             hugepages: HugepagePolicy::Enforce,
             infer_exclusive: true,
             steer_interrupts: true,
+            shared_cpus: String::new(),
             kubelet_dir: "/var/lib/kubelet".into(),
         }
     }

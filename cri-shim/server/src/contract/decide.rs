@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use pinion_cri_proto::v1::{ContainerConfig, LinuxContainerResources};
+use pinion_cri_proto::v1::{ContainerConfig, KeyValue, LinuxContainerResources};
 use pinion_lease::Wish;
 use pinion_placement::{
     Basis, Exclusivity, ExclusivityInputs, HugepageDemand, IrqQuiet, PartitionKind, Reason,
@@ -71,6 +71,10 @@ pub(crate) struct Contract {
     /// The CPUs it may run on; all when empty.
     #[serde(default)]
     pub(crate) cpus: CpuSet,
+    /// Those of the CPUs that it shares with others beside its own, which are no partition
+    /// then; see [`Wishes::shared`].
+    #[serde(default)]
+    pub(crate) beside: CpuSet,
     /// The nodes its memory may come from; all when empty.
     #[serde(default)]
     pub(crate) mems: NodeSet,
@@ -95,6 +99,36 @@ pub(crate) struct Contract {
 }
 
 impl Contract {
+    /// The CPUs that no other container is to have, isolated by the kernel or not.
+    pub(crate) fn own(&self) -> CpuSet {
+        match (self.exclusive, self.beside.is_empty()) {
+            (true, _) => self.cpus.clone(),
+            (false, false) => self.cpus.difference(&self.beside),
+            (false, true) => CpuSet::new(),
+        }
+    }
+
+    /// A CPU list for its own CPUs as the list of all it may run on.
+    pub(crate) fn with_shared(&self, own: &str) -> Result<String> {
+        let cpus: CpuSet = parse("cpuset_cpus", own)?;
+        let none = cpus.is_empty() || self.beside.is_empty();
+        Ok(if none { own.to_owned() } else { cpus.union(&self.beside).to_string() })
+    }
+
+    /// What tells the processes in a container with both kinds of CPUs which are which; the
+    /// names are those that CRI-O gives them.
+    pub(crate) fn environment(&self) -> Vec<KeyValue> {
+        if self.beside.is_empty() {
+            return Vec::new();
+        }
+        let variable = |key: &str, cpus: &CpuSet| KeyValue {
+            key: key.to_owned(),
+            value: cpus.to_string().into(),
+        };
+        let own = variable("OPENSHIFT_ISOLATED_CPUS", &self.own());
+        vec![own, variable("OPENSHIFT_SHARED_CPUS", &self.beside)]
+    }
+
     /// The node-wide settings it needs. Only for CPUs of its own: what is set on shared ones
     /// would be set for everybody.
     pub(crate) fn loans(&self) -> Vec<Wish> {
@@ -174,6 +208,7 @@ pub(crate) async fn decide(
     let record = allocator::record(&node.config.isolation, sandbox, config).await;
     let asked = Asked {
         wishes,
+        shared: shared_cpus(node),
         record: record.as_ref(),
         strict,
         infer: node.config.isolation.infer_exclusive,
@@ -182,6 +217,12 @@ pub(crate) async fn decide(
         others: &others,
     };
     settle(&asked, &topology)
+}
+
+/// The CPUs for those who ask for shared ones beside their own.
+fn shared_cpus(node: &Node) -> CpuSet {
+    let configured = node.config.isolation.shared_cpus.parse().unwrap_or_default(); // checked at the start
+    if configured == CpuSet::new() { node.profile.reserved() } else { configured }
 }
 
 /// CPU lists of all other containers that have one.
@@ -197,6 +238,8 @@ pub(super) fn others(node: &Node, id: &str) -> Vec<(String, CpuSet)> {
 /// A request and what it is judged by.
 struct Asked<'a> {
     wishes: Wishes,
+    /// What there is for containers that want shared CPUs beside their own.
+    shared: CpuSet,
     record: Option<&'a (Source, CpuSet)>,
     strict: bool,
     infer: bool,
@@ -216,12 +259,17 @@ fn settle(asked: &Asked<'_>, topology: &Topology) -> Result<Decision> {
         Exclusivity::Shared(why) => (false, shared_words(&why)),
     };
     let hugepages = demands(resources, &mems)?;
+    let both = exclusive && asked.wishes.shared && !asked.strict;
+    let beside = if both { asked.shared.difference(&cpus) } else { CpuSet::new() };
+    let exclusive = exclusive && beside.is_empty();
+    let ground = if both { beside_words(&cpus, &beside) } else { ground };
     let contract = Contract {
         strict: asked.strict,
         exclusive,
-        declined: !exclusive && asked.wishes.exclusive == Some(true),
+        declined: !exclusive && (both || asked.wishes.exclusive == Some(true)),
         ground,
-        cpus: cpus.clone(),
+        cpus: cpus.union(&beside),
+        beside,
         mems,
         hugepages: hugepages.clone(),
         irqs: asked.wishes.irqs.unwrap_or(if exclusive && asked.steer {
@@ -311,6 +359,20 @@ pub(crate) fn resized(old: &Contract, wanted: &LinuxContainerResources) -> Resul
     Ok(new)
 }
 
+/// What became of the wish for both kinds of CPUs.
+fn beside_words(own: &CpuSet, beside: &CpuSet) -> String {
+    if beside.is_empty() {
+        return "no CPUs are set aside for cpu-shared.crio.io (isolation.shared_cpus, or the node \
+                profile's reserved_cpus), so it has its own alone"
+            .to_owned();
+    }
+    format!(
+        "CPUs {own} are its own and {beside} are shared, by cpu-shared.crio.io: no other \
+         container has {own}, but the kernel does not isolate them, since no group can be an \
+         isolated partition and have CPUs outside it"
+    )
+}
+
 fn basis_words(basis: Basis) -> &'static str {
     match basis {
         Basis::Record(Source::Answer) => "kubelet's PodResources API",
@@ -384,6 +446,7 @@ mod tests {
         let wishes = Wishes { exclusive: Some(true), ..Wishes::default() };
         let asked = Asked {
             wishes,
+            shared: CpuSet::new(),
             record: Some(&record),
             strict,
             infer: true,
@@ -392,6 +455,48 @@ mod tests {
             others: &[],
         };
         settle(&asked, &topology)
+    }
+
+    #[test]
+    fn shared_cpus_beside_its_own_cost_the_isolation_and_are_told() {
+        let topology = Topology {
+            cpus: Vec::new(),
+            nodes: Vec::new(),
+            hugepages: Vec::new(),
+            online: "0-7".parse().unwrap(),
+            offline: CpuSet::new(),
+            isolated: CpuSet::new(),
+            nohz_full: CpuSet::new(),
+        };
+        let resources = LinuxContainerResources { cpuset_cpus: "4-5".into(), ..Default::default() };
+        let ask = |strict, shared: &str| {
+            let wishes = Wishes { exclusive: Some(true), shared: true, ..Wishes::default() };
+            let asked = Asked {
+                wishes,
+                shared: shared.parse().unwrap(),
+                record: None,
+                strict,
+                infer: false,
+                steer: true,
+                resources: &resources,
+                others: &[],
+            };
+            settle(&asked, &topology)
+        };
+        let contract = ask(false, "0-1").unwrap().contract;
+        assert_eq!(
+            (contract.cpus.to_string(), contract.own().to_string()),
+            ("0-1,4-5".into(), "4-5".into())
+        );
+        assert!(contract.declined && !contract.exclusive && contract.loans().is_empty());
+        assert_eq!(contract.with_shared("4-7").unwrap(), "0-1,4-7");
+        let variables: Vec<_> = contract.environment().into_iter().map(|v| v.value).collect();
+        assert_eq!(variables, [b"4-5".to_vec(), b"0-1".to_vec()]);
+        let alone = ask(false, "").unwrap().contract;
+        assert!(alone.exclusive && alone.ground.contains("isolation.shared_cpus"));
+        assert!(alone.environment().is_empty());
+        let refused = ask(true, "0-1").unwrap_err().to_string();
+        assert!(refused.contains("cpu-shared.crio.io"), "{refused}");
     }
 
     #[test]

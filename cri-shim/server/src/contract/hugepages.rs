@@ -16,6 +16,9 @@ use crate::config::HugepagePolicy;
 use crate::error::{Error, Kind, Result};
 use crate::node::Node;
 
+/// Grants by container, as one look finds them.
+pub(super) type Grants = BTreeMap<String, Vec<Grant>>;
+
 /// Grants by container.
 pub(crate) const GRANTS: Table<Vec<Grant>> = Table::new("hugepage-grants");
 
@@ -89,6 +92,14 @@ fn held<'a>(
         }
     }
     held
+}
+
+/// The pools as they are, and what is granted of them. Blocks.
+pub(super) fn observed(node: &Node) -> Result<(Vec<NodePool>, Grants)> {
+    let topology = topology()?;
+    let grants = node.hugepages.lock().clone();
+    let held = held(node, grants.keys(), &topology);
+    Ok((NodePool::observed(&topology, &held), grants))
 }
 
 /// Pages that a container's predecessors left in a volume of their pod: what the group above

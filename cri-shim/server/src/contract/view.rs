@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use pinion_cri_proto::admin::{HugepageGrant, Owner};
 use pinion_cri_proto::v1::LinuxContainerResources;
@@ -22,13 +22,19 @@ pub(crate) fn topology() -> Result<Topology> {
     Topology::read().context(|| "read the machine's topology".to_string())
 }
 
-/// What placement looks at. Blocks.
-pub(super) fn host() -> Result<Host> {
-    Host::detect().context(|| "look at the host".to_string())
+/// What placement looks at: where the hierarchies are mounted does not change while the
+/// server runs. Blocks at first.
+pub(super) fn host() -> Result<&'static Host> {
+    static HOST: OnceLock<Host> = OnceLock::new();
+    if let Some(host) = HOST.get() {
+        return Ok(host);
+    }
+    let host = Host::detect().context(|| "look at the host".to_string())?;
+    Ok(HOST.get_or_init(|| host))
 }
 
-/// The container as the audit knows it.
-pub(super) fn subject(node: &Node, container: &Container) -> Result<Subject> {
+/// What the container was promised, in the words of who writes it.
+pub(super) fn asked(node: &Node, container: &Container) -> Result<(Target, Request)> {
     let contract = &container.contract;
     let paths = node.cgroups.container_paths(&container.cgroups_path, &container.id)?;
     let root = node.cgroups.hierarchies().v2_root().unwrap_or(Path::new("/"));
@@ -47,13 +53,24 @@ pub(super) fn subject(node: &Node, container: &Container) -> Result<Subject> {
         unthrottled: contract.unthrottled,
         ..Request::default()
     };
+    Ok((target, request))
+}
+
+/// The container as the quick look at its partition knows it.
+pub(super) fn sketch(node: &Node, container: &Container) -> Result<Subject> {
+    asked(node, container).map(|(target, request)| Subject::new(&target, &request))
+}
+
+/// The container as the audit knows it.
+pub(super) fn subject(node: &Node, container: &Container) -> Result<Subject> {
+    let contract = &container.contract;
     Ok(Subject {
         pid: info::pid(node, container),
         irqs: contract.irqs,
         unsteerable: node.settings.unsteerable(),
         governor: contract.governor.clone(),
         latency: contract.latency.clone(),
-        ..Subject::new(&target, &request)
+        ..sketch(node, container)?
     })
 }
 
@@ -66,7 +83,7 @@ fn look(node: &Node, container: &Container) -> Result<Receipt> {
     if let Some(guest) = guest {
         return crate::vm::receipt(&guest, container);
     }
-    let mut receipt = audit(&host()?, &subject(node, container)?);
+    let mut receipt = audit(host()?, &subject(node, container)?);
     let exclusive = receipt.terms.iter_mut().find(|term| term.name == TermName::ExclusiveCpus);
     if let Some(term) = exclusive {
         let mut note = |key: &str, value| drop(term.evidence.insert(key.to_owned(), value));
@@ -81,6 +98,9 @@ fn look(node: &Node, container: &Container) -> Result<Receipt> {
     if container.contract.declined {
         let asked = "CPUs of its own, by annotation";
         receipt.want(container.contract.strict, TermName::ExclusiveCpus, asked);
+    }
+    if let Some(refusal) = node.pools.refusal(&container.id) {
+        receipt.add(container.contract.strict, &refusal);
     }
     if let Some(term) = super::devices::term(node, container)? {
         receipt.include(container.contract.strict, term);
@@ -165,8 +185,7 @@ pub(crate) fn check_update(
     let taken = snapshot.containers().find(|(_, other)| {
         other.id != container.id
             && other.phase() != Phase::Exited
-            && other.contract.exclusive
-            && !other.contract.cpus.is_disjoint(&cpus)
+            && !other.contract.own().is_disjoint(&cpus)
     });
     match taken {
         None => Ok(()),
@@ -174,7 +193,7 @@ pub(crate) fn check_update(
             Kind::Refused,
             format!(
                 "CPUs {} belong to container {} of pod {} alone",
-                other.contract.cpus.intersection(&cpus),
+                other.contract.own().intersection(&cpus),
                 other.name(),
                 pod.sandbox.title()
             ),

@@ -6,11 +6,13 @@
 //!  every few seconds ────────────────┘        │                  │ waits for a resize in
 //!                                             └ in force: done   │ progress, looks again
 //!                                                                ▼
+//!                                             [`heal::take_back`]: as few writes as it takes
+//!                                                                │ not in force
+//!                                                                ▼
 //!                                             `pinion update {}`: plan, apply, read back
 //! ```
 //!
-//! Invariants: the runtime alone writes placement, so its own journal holds the undo of a
-//! repair too; a repair and a resize of the same container never run at once; a loss is
+//! Invariants: a repair has its undo in a journal before its first write; a repair and a resize of the same container never run at once; a loss is
 //! counted, logged and told in receipt and metrics whether it could be repaired or not; a
 //! fight with somebody who keeps breaking it is fought at a bounded rate.
 
@@ -25,7 +27,8 @@ use pinion_placement::{Host, Refusal, lost, watched};
 use rustix::fs::inotify;
 use tokio::sync::mpsc;
 
-use super::view::{host, subject};
+use super::heal;
+use super::view::{host, sketch};
 use crate::error::{Context, Result};
 use crate::node::Node;
 use crate::pod::{self, Command};
@@ -80,7 +83,7 @@ impl Histories {
 /// Whether a container's partition is in force; why not otherwise.
 pub(crate) async fn look(node: &Arc<Node>, container: &Container) -> Result<Option<Refusal>> {
     let (node, container) = (node.clone(), container.clone());
-    blocking(move || Ok(lost(&host()?, &subject(&node, &container)?))).await
+    blocking(move || Ok(lost(host()?, &sketch(&node, &container)?))).await
 }
 
 /// Asks for what a container has lost; the actor runs this while no other work is done on
@@ -92,8 +95,13 @@ pub(crate) async fn heal(node: &Arc<Node>, container: &Container) -> Result<()> 
         return Ok(());
     };
     let known = noticed(node, &container.id, &loss);
-    let outcome = node.programs.update(&container.id, &Default::default()).await;
-    let still = look(node, container).await?;
+    let (quick, record) = (node.clone(), container.clone());
+    let mut outcome = blocking(move || heal::take_back(&quick, &record)).await;
+    let mut still = look(node, container).await?;
+    if still.is_some() || outcome.is_err() {
+        outcome = node.programs.update(&container.id, &Default::default()).await;
+        still = look(node, container).await?;
+    }
     let millis = u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
     let id = &container.id;
     let mut histories = node.histories.lock();
@@ -157,14 +165,14 @@ pub(crate) async fn run(node: Arc<Node>) {
     loop {
         let suspects: BTreeSet<String> = tokio::select! {
             changed = changes.changed() => match changed {
-                Ok(()) => watches.follow(&node, &host),
+                Ok(()) => watches.follow(&node, host),
                 Err(_) => return,
             },
             suspects = watches.events() => suspects,
             _ = audit.tick() => {
                 audits = audits.wrapping_add(1);
                 spent.clear();
-                watches.follow(&node, &host);
+                watches.follow(&node, host);
                 let hopeless = |id: &&String| {
                     let history = node.histories.of(id);
                     history.is_some_and(|h| h.failures > PATIENCE && !audits.is_multiple_of(SELDOM))
@@ -174,7 +182,7 @@ pub(crate) async fn run(node: Arc<Node>) {
         };
         for id in suspects {
             let repairs = spent.entry(id.clone()).or_default();
-            if *repairs < BURST && examine(&node, &host, &id).await {
+            if *repairs < BURST && examine(&node, host, &id).await {
                 *repairs += 1;
             }
         }
@@ -182,14 +190,14 @@ pub(crate) async fn run(node: Arc<Node>) {
 }
 
 /// Looks at a container and has it healed if need be; whether there was need.
-async fn examine(node: &Arc<Node>, host: &Host, id: &str) -> bool {
+async fn examine(node: &Arc<Node>, host: &'static Host, id: &str) -> bool {
     let snapshot = node.registry.snapshot();
     let Ok((pod, container)) = snapshot.container(id) else { return false };
     if container.phase() == Phase::Exited {
         return false;
     }
-    let (looked, container, host) = (node.clone(), container.clone(), host.clone());
-    let found = blocking(move || Ok(lost(&host, &subject(&looked, &container)?))).await;
+    let (looked, container) = (node.clone(), container.clone());
+    let found = blocking(move || Ok(lost(host, &sketch(&looked, &container)?))).await;
     let was_missing = || node.histories.of(id).is_some_and(|history| history.missing);
     match found {
         Ok(None) if !was_missing() => return false,
@@ -247,7 +255,7 @@ impl Watches {
             if self.by_container.contains_key(id) {
                 continue;
             }
-            let Ok(subject) = subject(node, container) else { continue };
+            let Ok(subject) = sketch(node, container) else { continue };
             self.by_container.insert(id.clone(), watched(host, &subject));
             new.insert(id.clone());
             changed = true;

@@ -7,6 +7,7 @@ use pinion_cri_proto::v1::MetricType::{Counter, Gauge};
 
 use super::reading::Reading;
 use super::{Family, Samples};
+use crate::contract::infra::Usage;
 use crate::contract::watch::History;
 use crate::netdev::Interface;
 
@@ -66,6 +67,13 @@ pub(super) const CONTAINER: &[Family<Reading>] = &[
     Family { name: "pinion_container_isolation_repair_milliseconds", help: "Time from noticing the last loss to its repair, in milliseconds", kind: Gauge, labels: &["promised"], read: |r| isolation(r, |i| i.millis) },
     Family { name: "container_start_time_seconds", help: "Start, in seconds since the epoch", kind: Gauge, labels: &[], read: |r| one(r.started) },
     Family { name: "container_last_seen", help: "When this was read, in seconds since the epoch", kind: Gauge, labels: &[], read: |r| one(r.now) },
+];
+
+/// Families of a pod's infrastructure: its monitor and what that started.
+#[rustfmt::skip]
+pub(super) const INFRA: &[Family<Usage>] = &[
+    Family { name: "pinion_pod_infra_cpu_microseconds_total", help: "CPU time of the pod's monitor and of what it started outside containers, in microseconds", kind: Counter, labels: &[], read: |u| one(u.cpu_nanoseconds / 1000) },
+    Family { name: "pinion_pod_infra_memory_bytes", help: "Memory of the pod's monitor, shared pages by their share, in bytes", kind: Gauge, labels: &[], read: |u| one(u.memory_bytes) },
 ];
 
 /// Families of a pod's network interface.

@@ -13,6 +13,7 @@ use pinion_cri_proto::v1::{
     ContainerMetrics, Metric, MetricDescriptor, MetricType, PodSandboxMetrics, UInt64Value,
 };
 
+use crate::contract::infra;
 use crate::error::Result;
 use crate::ids;
 use crate::netdev;
@@ -21,7 +22,7 @@ use crate::record::{Container, Phase};
 use crate::registry::PodView;
 use crate::services::blocking;
 
-use families::{CONTAINER, NETWORK};
+use families::{CONTAINER, INFRA, NETWORK};
 use reading::Reading;
 
 /// Labels of every metric.
@@ -66,7 +67,8 @@ impl<T> Family<T> {
 /// What all metrics are called, mean and are labelled with.
 pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     let containers = CONTAINER.iter().map(Family::descriptor);
-    containers.chain(NETWORK.iter().map(Family::descriptor)).collect()
+    let pods = NETWORK.iter().map(Family::descriptor).chain(INFRA.iter().map(Family::descriptor));
+    containers.chain(pods).collect()
 }
 
 /// The metrics of pods and their running containers.
@@ -85,10 +87,12 @@ fn of_pod(node: &Node, pod: &PodView) -> PodSandboxMetrics {
     let network = NETWORK.iter().flat_map(|family| {
         interfaces.iter().flat_map(|interface| family.metrics(interface, &labels, now))
     });
+    let cost = infra::of_pod(node, &pod.sandbox.id);
+    let infra = INFRA.iter().flat_map(|family| family.metrics(&cost, &labels, now));
     let running = pod.containers.values().filter(|c| c.phase() == Phase::Running);
     PodSandboxMetrics {
         pod_sandbox_id: pod.sandbox.id.clone(),
-        metrics: network.collect(),
+        metrics: network.chain(infra).collect(),
         container_metrics: running.map(|c| of_container(node, pod, c)).collect(),
     }
 }

@@ -441,6 +441,8 @@ fn build(
         ..Settings::default()
     };
     let target = target_namespace(context, security)?;
+    let with_shared = with_shared_cpus(config, &record.contract)?;
+    let config = with_shared.as_ref().unwrap_or(config);
     let mut built = pinion_spec::build(&Inputs {
         container_id: &record.id,
         sandbox_id: &record.pod,
@@ -466,6 +468,22 @@ fn build(
         hugepages::add_mounts(&record.contract.hugepages, &mut built.spec)?;
     }
     Ok((built, nodes))
+}
+
+/// The request with its shared CPUs beside its own, if it has both.
+fn with_shared_cpus(
+    config: &v1::ContainerConfig,
+    contract: &contract::Contract,
+) -> Result<Option<v1::ContainerConfig>> {
+    if contract.beside.is_empty() {
+        return Ok(None);
+    }
+    let mut config = config.clone();
+    config.envs.extend(contract.environment());
+    if let Some(limits) = config.linux.as_mut().and_then(|linux| linux.resources.as_mut()) {
+        limits.cpuset_cpus = contract.with_shared(&limits.cpuset_cpus)?;
+    }
+    Ok(Some(config))
 }
 
 /// The PID namespace of another container of the same pod, if that is what was asked for.

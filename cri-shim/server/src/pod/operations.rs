@@ -253,6 +253,8 @@ pub(crate) async fn update(
             true => change,
             false => nri::update(&context.node, &context.sandbox, &record, &change).await?,
         };
+        let cpuset_cpus = record.contract.with_shared(&change.cpuset_cpus)?;
+        let change = v1::LinuxContainerResources { cpuset_cpus, ..*change };
         let wanted = resources::merge(&record.resources, &change);
         contract::check_update(&context.node, &record, &wanted)?;
         let moved = contract::resized(&record.contract, &wanted)?;

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::contract::{hugepages, settings};
+use crate::contract::{heal, hugepages, settings};
 use crate::error::{Context, Error, Kind, Result};
 use crate::monitor::{self, Client};
 use crate::node::Node;
@@ -146,7 +146,10 @@ async fn one(release: &Release, holding: &Holding) -> Result<()> {
         Holding::Devices { container, bindings } => {
             crate::contract::devices::release(node, container, bindings).await
         }
-        Holding::RuntimeContainer { container } => delete(release, container).await,
+        Holding::RuntimeContainer { container } => {
+            delete(release, container).await?;
+            heal::give_back(node, container).await
+        }
     }
 }
 
