@@ -34,8 +34,8 @@ build: setup-build ## build all binaries into one directory
 		install -C -m 755 $(CARGO_TARGET_DIR)/$(TARGET)/dist/$$b $(STAGE)/$$b; done
 	@ls -l $(STAGE) | awk 'NR > 1 { printf "%10d %s\n", $$5, $$9 }'
 
-.PHONY: setup-build setup-demo setup-test
-setup-build setup-demo setup-test: setup-%:
+.PHONY: setup-build setup-demo setup-test setup-browser
+setup-build setup-demo setup-test setup-browser: setup-%:
 	@tests/setup.sh $*
 
 .PHONY: demo
@@ -77,6 +77,14 @@ critest-variants: setup-test build ## critest in full over WebSocket, then in pa
 .PHONY: kubelet
 kubelet: setup-test build ## kubelet itself against piniond, in the virtual node
 	$(HARNESS) kubelet
+
+.PHONY: churn
+churn: setup-demo build ## fifty pods come and go beside exclusive CPUs, in the virtual node
+	$(HARNESS) churn
+
+.PHONY: screenshot
+screenshot: setup-browser build ## the page of a virtual node in a real browser, and docs/topology.png
+	$(HARNESS) page look --picture docs/topology.png
 
 .PHONY: test-node
 test-node: setup-test build ## everything that runs in the virtual node

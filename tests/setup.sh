@@ -4,14 +4,18 @@
 #   setup.sh build   a linker and the static target: enough for `make build`
 #   setup.sh demo    and what the virtual node is made of
 #   setup.sh test    and the peers, clients and tools that the tests use
+#   setup.sh browser what the demo needs, and Chromium (124 MB to fetch) to look at the page
 set -euo pipefail
 want=${1:-test}
 
 packages=(gcc libc6-dev ca-certificates)
 case $want in
-demo | test)
+demo | test | browser)
     packages+=(e2fsprogs iproute2 iptables containernetworking-plugins)
     ;;&
+browser)
+    packages+=(chromium)
+    ;;
 test)
     # busybox-static and busybox exclude each other; the bundles of tests want the static one.
     packages+=(runc crun containerd podman buildah conmon docker-registry busybox-static strace

@@ -24,6 +24,7 @@ mod leaks;
 mod manual;
 mod network;
 mod node;
+mod page;
 mod pinned;
 mod server;
 mod site;
@@ -85,6 +86,12 @@ enum Verb {
         /// Only cases whose name contains this.
         only: Option<String>,
     },
+    /// Pods come and go beside one with exclusive CPUs; nobody else may run on these.
+    Churn {
+        /// How many.
+        #[arg(long, default_value_t = 50)]
+        pods: usize,
+    },
     /// The crates' own tests, in the virtual node.
     Crates,
     /// A real kubelet, standalone, drives the server; in the virtual node only.
@@ -94,6 +101,9 @@ enum Verb {
     },
     /// Devices, CDI and VFIO against this machine's kernel; wants a node with devices.
     Devices { place: Place },
+    /// The page of a virtual node in a real browser.
+    #[command(subcommand)]
+    Page(PageVerb),
     /// A pod with CPUs and hugepages of its own, and one that is refused.
     Demo { place: Place },
     /// Pods with a kernel of their own, on this machine.
@@ -140,6 +150,18 @@ enum BenchVerb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum PageVerb {
+    /// Looks at it with this machine's Chromium.
+    Look {
+        /// Keep a picture of it here.
+        #[arg(long)]
+        picture: Option<PathBuf>,
+    },
+    /// In the node: serves it at this port until it has been looked at.
+    Serve { port: u16 },
 }
 
 #[derive(Debug, Subcommand)]
@@ -238,6 +260,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
             return in_node(&assets, &["badinput", "host", "--server", server.name()]);
         }
         Verb::Isolation { only } => isolation::run(&assets, only.as_deref())?,
+        Verb::Churn { pods } if assets.in_node() => isolation::churn(&assets, pods)?,
+        Verb::Churn { pods } => {
+            return in_node(&assets, &["churn", "--pods", &pods.to_string()]);
+        }
         Verb::Crates if assets.in_node() => crates::run()?,
         Verb::Crates => return in_node(&assets, &["crates"]),
         Verb::Kubelet { only } if assets.in_node() => kubelet::run(&assets, only.as_deref())?,
@@ -256,6 +282,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Demo { place: Place::Host } if assets.in_node() => demo::in_node(&assets)?,
         Verb::Demo { place: Place::Host } => demo::on_host(&assets)?,
         Verb::Demo { place: Place::Node } => return in_node(&assets, &["demo", "host"]),
+        Verb::Page(PageVerb::Look { picture }) => page::run(&assets, picture.as_deref())?,
+        Verb::Page(PageVerb::Serve { port }) => page::serve(&assets, port)?,
         Verb::Vm => vm::run(&assets)?,
         Verb::DemoVm => vm::demo(&assets)?,
         Verb::Bench(BenchVerb::Cri { arguments }) => bench::cri(&assets, &arguments)?,
@@ -316,6 +344,7 @@ impl NodeRun {
             tests: Vec::new(),
             systemd: self.systemd,
             devices: self.devices,
+            forward: None,
             memory: self.memory,
             kernel_args: self.kernel_arg,
             deadline: Duration::from_secs(self.deadline),

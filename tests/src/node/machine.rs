@@ -145,6 +145,11 @@ fn arguments(qemu: &mut Command, parts: &Parts, payload: &Path, dir: &Path, job:
             "virtio-9p-pci,fsdev=share,mount_tag=share,bus=pcie.0",
         ]);
     }
+    if let Some(port) = job.forward {
+        // Nothing leads out of the node.
+        let net = format!("user,id=page,restrict=on,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{port}");
+        qemu.args(["-netdev", &net, "-device", "virtio-net-pci,netdev=page,bus=pcie.0,romfile="]);
+    }
     qemu.arg("-kernel").arg(&parts.kernel).arg("-initrd").arg(&parts.initramfs);
     qemu.arg("-append").arg(kernel_command_line(job));
 }

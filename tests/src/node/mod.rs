@@ -53,6 +53,8 @@ pub(crate) struct Job {
     /// An IOMMU, a NIC with virtual functions on each NUMA node, and a second 1 GiB page on
     /// node 1. Costs some seconds of the boot.
     pub(crate) devices: bool,
+    /// A port of this machine's loopback that leads to the node's 10.0.2.15, same port.
+    pub(crate) forward: Option<u16>,
     /// MiB of memory.
     pub(crate) memory: u32,
     /// Added to the kernel's command line.
@@ -73,6 +75,7 @@ impl Default for Job {
             tests: Vec::new(),
             systemd: false,
             devices: false,
+            forward: None,
             memory: 4096,
             kernel_args: Vec::new(),
             deadline: Duration::from_secs(900),

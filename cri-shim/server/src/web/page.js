@@ -31,6 +31,8 @@ const colour = (id) => `o${places.get(id) % 8}`;
 const letter = (id) => LETTERS[places.get(id) % LETTERS.length];
 const title = (c) => `${c.namespace}/${c.pod}/${c.name}`;
 
+const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+
 function ranges(numbers) {
   const sorted = [...numbers].sort((a, b) => a - b);
   const parts = [];
@@ -64,7 +66,7 @@ function drawCpu(cpu, node, owners) {
   if (reserved) classes.push("reserved");
   if (!cpu.online) classes.push("offline");
   const box = make("div", classes.join(" "), make("b", "", String(cpu.id)),
-    make("small", "", owner ? letter(owner.id) : reserved ? "system" : ""));
+    make("small", "", owner ? letter(owner.id) : reserved ? "system" : cpu.online ? "shared" : "off"));
   const words = [`CPU ${cpu.id}`, owner ? `exclusive to ${title(owner)}` : "shared"];
   if (reserved) words.push("reserved");
   if (cpu.isolated) words.push("isolated at boot");
@@ -122,8 +124,8 @@ function drawMachine(node, owners) {
       make("h3", "", `Node ${numa.id}${sockets.length ? ` · socket ${sockets.join(", ")}` : ""} · ` +
         `${gib(numa.memory.total)}, ${gib(numa.memory.free)} free`),
       make("div", "cores", ...boxes),
-      ...numa.hugepages.map((pool) => drawPool(pool, numa.id, owners)),
-      make("p", "irqs", `${irqs.length} interrupts served here, ${functions} PCI functions`));
+      ...numa.hugepages.filter((pool) => pool.total > 0).map((pool) => drawPool(pool, numa.id, owners)),
+      make("p", "irqs", `${count(irqs.length, "interrupt")} served here, ${count(functions, "PCI function")}`));
     card.dataset.node = numa.id;
     return card;
   });
@@ -142,6 +144,25 @@ function drawDevices(node, owners) {
     return row;
   });
   byId("devices").replaceChildren(...rows);
+}
+
+/** What one looks for first: verdicts, who has how much of the machine, what Pinion itself takes. */
+function drawTally(node) {
+  const { cpus } = node.topology;
+  const own = new Set(node.containers.filter((c) => c.exclusive).flatMap((c) => c.cpus));
+  const verdicts = node.containers.map((c) => (c.receipt?.error ? "violated" : c.receipt?.verdict));
+  const tile = (classes, value, what) => make("li", classes, make("b", "", value), make("span", "", what));
+  const items = ["aligned", "degraded", "violated"].map((verdict) => {
+    const number = verdicts.filter((found) => found === verdict).length;
+    return tile(number ? verdict : "unasked", String(number), verdict);
+  });
+  items.push(tile("", `${own.size} / ${cpus.length}`, "CPUs exclusive"));
+  const infra = node.infrastructure;
+  if (infra) {
+    items.push(tile(infra.astray ? "broken" : "", infra.cpus,
+      `CPUs of Pinion itself: ${count(infra.threads, "thread")}, ${(infra.memoryBytes / 2 ** 20).toFixed(0)} MiB`));
+  }
+  byId("tally").replaceChildren(...items);
 }
 
 function drawTerm(term) {
@@ -163,7 +184,10 @@ function drawReceipts(node) {
     const receipt = container.receipt ?? { verdict: "unasked", terms: [] };
     const verdict = receipt.error ? "violated" : receipt.verdict;
     const details = make("details", "",
-      make("summary", "", title(container), make("span", `verdict ${verdict}`, receipt.error ?? verdict)),
+      make("summary", "", make("span", "name", title(container)),
+        make("span", `verdict ${verdict}`, receipt.error ?? verdict),
+        ...(receipt.terms ?? []).filter((t) => t.asked !== null).map((t) =>
+          make("span", `chip ${t.in_force ? "kept" : "broken"}`, `${t.in_force ? "✓" : "✗"} ${t.name}`))),
       ...(receipt.terms ?? []).flatMap(drawTerm));
     details.dataset.id = container.id;
     details.dataset.verdict = verdict;
@@ -188,6 +212,7 @@ async function refresh() {
     const node = await answer.json();
     const owners = ownersOf(node);
     byId("host").textContent = `${node.version} on ${node.hostname}`;
+    drawTally(node);
     drawOwners(owners);
     drawMachine(node, owners);
     drawDevices(node, owners);

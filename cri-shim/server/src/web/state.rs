@@ -18,7 +18,7 @@ const MOST_IRQS: usize = 1024;
 /// Everything the page shows.
 pub(super) async fn of(node: &Arc<Node>) -> Result<Value> {
     let looker = node.clone();
-    let (topology, functions, irqs) = blocking(move || {
+    let (topology, functions, irqs, infra) = blocking(move || {
         let topology = contract::topology()?;
         // A bus that cannot be read is an empty list on the page; the contract says why.
         let functions = pinion_device::functions(Path::new("/")).unwrap_or_default();
@@ -31,7 +31,8 @@ pub(super) async fn of(node: &Arc<Node>) -> Result<Value> {
                 json!({ "function": function, "owner": owner })
             })
             .collect();
-        Ok((topology, functions, irqs(Path::new("/proc/irq"))))
+        let infra = contract::infra::usage(&looker).map_or(Value::Null, |usage| json!(usage));
+        Ok((topology, functions, irqs(Path::new("/proc/irq")), infra))
     })
     .await?;
     let mut containers = Vec::new();
@@ -66,6 +67,7 @@ pub(super) async fn of(node: &Arc<Node>) -> Result<Value> {
         "containers": containers,
         "functions": functions,
         "irqs": irqs,
+        "infrastructure": infra,
         "profile": node.profile.json(),
     }))
 }
