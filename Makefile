@@ -78,9 +78,9 @@ critest-variants: setup-test build ## critest in full over WebSocket, then in pa
 kubelet: setup-test build ## kubelet itself against piniond, in the virtual node
 	$(HARNESS) kubelet
 
-.PHONY: churn
-churn: setup-demo build ## fifty pods come and go beside exclusive CPUs, in the virtual node
-	$(HARNESS) churn
+.PHONY: undisturbed
+undisturbed: setup-demo build ## fifty pods come and go beside exclusive CPUs, in the virtual node
+	$(HARNESS) undisturbed
 
 .PHONY: screenshot
 screenshot: setup-browser build ## the page of a virtual node in a real browser, and docs/topology.png

@@ -87,7 +87,7 @@ enum Verb {
         only: Option<String>,
     },
     /// Pods come and go beside one with exclusive CPUs; nobody else may run on these.
-    Churn {
+    Undisturbed {
         /// How many.
         #[arg(long, default_value_t = 50)]
         pods: usize,
@@ -260,9 +260,9 @@ fn run(verb: Verb) -> Result<ExitCode> {
             return in_node(&assets, &["badinput", "host", "--server", server.name()]);
         }
         Verb::Isolation { only } => isolation::run(&assets, only.as_deref())?,
-        Verb::Churn { pods } if assets.in_node() => isolation::churn(&assets, pods)?,
-        Verb::Churn { pods } => {
-            return in_node(&assets, &["churn", "--pods", &pods.to_string()]);
+        Verb::Undisturbed { pods } if assets.in_node() => isolation::churn(&assets, pods)?,
+        Verb::Undisturbed { pods } => {
+            return in_node(&assets, &["undisturbed", "--pods", &pods.to_string()]);
         }
         Verb::Crates if assets.in_node() => crates::run()?,
         Verb::Crates => return in_node(&assets, &["crates"]),
