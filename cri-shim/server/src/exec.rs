@@ -30,6 +30,10 @@ use crate::services::{MAX_MESSAGE, blocking};
 /// Bytes of output kept, of both streams together: what fits into one answer.
 const OUTPUT_LIMIT: usize = MAX_MESSAGE - (64 << 10);
 
+/// How much of that is kept for standard error: a flood on standard output does not take away
+/// what says why.
+const ERROR_LIMIT: usize = 1 << 20;
+
 /// How long output may trickle in after the command has ended; something it left behind may
 /// hold the pipes open for ever.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
@@ -146,11 +150,11 @@ struct Finished {
 async fn converse(monitor: &Client, exec: message::Exec, timeout: Duration) -> Result<Finished> {
     let (out_reader, out_writer) = output_pipe()?;
     let (err_reader, err_writer) = output_pipe()?;
-    let budget = Arc::new(AtomicUsize::new(OUTPUT_LIMIT));
+    let budget = |bytes| Arc::new(AtomicUsize::new(bytes));
     let (stdout, stderr) = (Output::default(), Output::default());
     let mut reading = JoinSet::new();
-    reading.spawn(collect(out_reader, budget.clone(), stdout.clone()));
-    reading.spawn(collect(err_reader, budget, stderr.clone()));
+    reading.spawn(collect(out_reader, budget(OUTPUT_LIMIT - ERROR_LIMIT), stdout.clone()));
+    reading.spawn(collect(err_reader, budget(ERROR_LIMIT), stderr.clone()));
     // The write ends are closed here once they are sent, so the readers see the end.
     let mut answers = monitor.send(Verb::Exec(exec), vec![out_writer, err_writer]);
     let ended = async {
@@ -190,7 +194,7 @@ fn output_pipe() -> Result<(pipe::Receiver, OwnedFd)> {
 /// Output as far as it has come, shared with the task that reads on.
 type Output = Arc<Mutex<Vec<u8>>>;
 
-/// Reads to the end, keeping what the shared budget allows.
+/// Reads to the end, keeping what the budget allows.
 async fn collect(mut reader: pipe::Receiver, budget: Arc<AtomicUsize>, output: Output) {
     let mut buffer = vec![0; 16 << 10];
     while let Ok(n) = reader.read(&mut buffer).await {

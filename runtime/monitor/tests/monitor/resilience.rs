@@ -103,7 +103,8 @@ fn descriptors_leaked_by_the_caller_reach_neither_monitor_nor_container() {
     assert!(status.success());
     let links = fs::read_dir(format!("/proc/{}/fd", rig.monitor_pid())).unwrap();
     for link in links {
-        let target = fs::read_link(link.unwrap().path()).unwrap();
+        // What the monitor has open for a moment only may be closed by now.
+        let Ok(target) = fs::read_link(link.unwrap().path()) else { continue };
         let target = target.to_str().unwrap().to_owned();
         assert!(target != "/etc/passwd" && target != "/", "{target}");
     }
