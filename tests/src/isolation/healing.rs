@@ -125,9 +125,6 @@ pub(super) fn own_lists(site: &mut Site) -> Result<()> {
         let fault = || lists.iter().try_for_each(|list| write(&group.join(list), cpus));
         broken(&format!("its lists rewritten to {what}"), &group, &ask.cpus, fault)?;
     }
-    broken("its own exclusive list emptied", &group, &ask.cpus, || {
-        lists.iter().rev().try_for_each(|list| write(&group.join(list), "\n"))
-    })?;
     check_kernel(&ask)?;
     told(&cri, &id)
 }
@@ -143,7 +140,7 @@ pub(super) fn ends_below_a_rewritten_list(site: &mut Site) -> Result<()> {
     drop(cri);
     site.server.kill()?;
     let pod = group()?.parent().ok_or_else(|| Error::check("no parent"))?.to_owned();
-    for dir in [pod.as_path(), Path::new("/sys/fs/cgroup/kubepods")] {
+    for dir in [pod, pinned::kubelet_group("")] {
         write(&dir.join("cpuset.cpus.exclusive"), "\n")?;
     }
     site.server.restart()?;
