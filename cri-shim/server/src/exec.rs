@@ -32,7 +32,7 @@ const OUTPUT_LIMIT: usize = MAX_MESSAGE - (64 << 10);
 
 /// How much of that is kept for standard error: a flood on standard output does not take away
 /// what says why.
-const ERROR_LIMIT: usize = 1 << 20;
+const ERROR_LIMIT: usize = 256 << 10;
 
 /// How long output may trickle in after the command has ended; something it left behind may
 /// hold the pipes open for ever.
