@@ -74,7 +74,10 @@ pub(crate) fn has_program(name: &str) -> bool {
 
 /// True when a program is installed, and it is not busybox, which knows half its options.
 pub(crate) fn has_full_program(name: &str) -> bool {
-    let full = has_program(name) && output(Command::new(name).arg("-V")).status.success();
+    // As scripts run it: busybox's shell takes its own before what is in the path.
+    let version = format!("{name} -V");
+    let full =
+        has_program(name) && output(Command::new("sh").args(["-c", &version])).status.success();
     if !full {
         moot!("{name} is only busybox's");
     }

@@ -229,7 +229,7 @@ fn a_strict_isolation_request_this_machine_cannot_meet_is_refused() {
     let mut bundle = Bundle::new("true");
     bundle.config["annotations"] =
         json!({ "dev.pinion.strict": "true", "dev.pinion.cpuset.partition": "isolated" });
-    bundle.config["linux"]["resources"] = json!({ "cpu": { "cpus": first_core() } });
+    bundle.config["linux"]["resources"] = json!({ "cpu": { "cpus": first_core(), "mems": "0" } });
     bundle.write_config();
     let outcome = bundle.verb(&["create", &bundle.id]);
     if std::path::Path::new("/sys/fs/cgroup/cpuset.cpus.isolated").exists()
