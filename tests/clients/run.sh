@@ -149,8 +149,8 @@ with_buildah() {
     local base=(buildah --root "$WORK/podman" --runroot "$WORK/podman-run" --storage-driver vfs --log-level error)
     local container
     container=$("${base[@]}" from --pull-never localhost/box:1) || container=failed
-    check 'buildah: run' 'built*[[]0]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" echo built
-    check 'buildah: what it writes stays' 'kept*[[]0]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" sh -c 'echo kept >/kept; cat /kept'
+    check 'buildah: run' '*built*[[]0]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" echo built
+    check 'buildah: what it writes stays' '*kept*[[]0]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" sh -c 'echo kept >/kept; cat /kept'
     check 'buildah: exit codes come back' '*[[][13]*]' "${base[@]}" run --runtime "$RUNTIME" --isolation oci --network none "$container" sh -c 'exit 3'
     "${base[@]}" rm "$container" >/dev/null 2>&1
 }
