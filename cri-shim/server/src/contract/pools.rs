@@ -20,6 +20,10 @@ use crate::services::blocking;
 /// How often the pools are looked at while something is granted.
 const EVERY: Duration = Duration::from_secs(2);
 
+/// Looks in a row after which pages in others' use count. Until then they may be those that a
+/// container being created touches to prove its grant, which no group's counters show yet.
+const FOREIGN: u32 = 30;
+
 /// Pools that are too small for what is granted of them.
 #[derive(Debug, Default)]
 pub(crate) struct Pools(Mutex<Vec<Drift>>);
@@ -80,16 +84,18 @@ fn words(drift: &Drift) -> String {
 /// Watches for as long as the server runs.
 pub(crate) async fn run(node: Arc<Node>) {
     let mut last: Option<Ledger> = None;
+    let mut foreign = 0;
     loop {
         tokio::time::sleep(EVERY).await;
         if node.hugepages.holders().is_empty() {
             last = None;
+            foreign = 0;
             node.pools.keep(Vec::new());
             continue;
         }
         let looker = node.clone();
         let seen = blocking(move || hugepages::observed(&looker)).await;
-        last = look(&node, last, seen);
+        last = look(&node, last, seen, &mut foreign);
     }
 }
 
@@ -98,6 +104,7 @@ fn look(
     node: &Node,
     last: Option<Ledger>,
     seen: Result<(Vec<pinion_placement::NodePool>, hugepages::Grants)>,
+    foreign: &mut u32,
 ) -> Option<Ledger> {
     let (pools, grants) = match seen {
         Ok(seen) => seen,
@@ -107,16 +114,48 @@ fn look(
         }
     };
     let mut ledger = Ledger::new(pools.clone());
-    let short = ledger.restore(grants);
+    let short = believed(ledger.restore(grants), foreign);
     let resized = last.map(|mut last| last.observe(pools)).unwrap_or_default();
     let resized = resized.into_iter().filter(|drift| matches!(drift, Drift::Resized { .. }));
     node.pools.keep(resized.chain(short).collect());
     Some(ledger)
 }
 
+/// What is short without doubt, and what has been for long; `foreign` counts the looks.
+fn believed(short: Vec<Drift>, foreign: &mut u32) -> Vec<Drift> {
+    let is_certain = |drift: &Drift| match drift {
+        Drift::Overcommitted { granted, total, .. } => granted > total,
+        Drift::Resized { .. } => true,
+    };
+    let doubtful = short.iter().any(|drift| !is_certain(drift));
+    *foreign = if doubtful { foreign.saturating_add(1) } else { 0 };
+    let all = *foreign > FOREIGN;
+    short.into_iter().filter(|drift| all || is_certain(drift)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_in_others_use_count_when_they_stay_so() {
+        let size = "1GB".parse().unwrap();
+        let short = |granted, foreign| Drift::Overcommitted {
+            node: 1,
+            size,
+            total: 2,
+            granted,
+            foreign,
+            containers: vec!["a".to_owned()],
+        };
+        let mut looks = 0;
+        for _ in 0..FOREIGN {
+            assert!(believed(vec![short(2, 2)], &mut looks).is_empty());
+        }
+        assert_eq!(believed(vec![short(2, 2)], &mut looks).len(), 1);
+        assert!(believed(Vec::new(), &mut looks).is_empty());
+        assert_eq!(believed(vec![short(3, 0), short(2, 1)], &mut looks).len(), 1);
+    }
 
     #[test]
     fn a_short_pool_concerns_those_who_have_pages_there_and_ends() {
