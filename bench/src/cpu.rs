@@ -1,5 +1,6 @@
 //! CPU time of processes and of what they have waited for, from procfs.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 
@@ -14,21 +15,27 @@ pub(crate) fn spent(pid: u32) -> Result<f64, Box<dyn Error>> {
     Ok(ticks as f64 * 1000.0 / per_second as f64)
 }
 
-/// The same of every process with one of these names, together. The kernel cuts names off
+/// The same of every process with one of these names, by its number. The kernel cuts names off
 /// after 15 bytes.
-pub(crate) fn spent_by(names: &[&str]) -> Result<f64, Box<dyn Error>> {
-    let mut sum = 0.0;
+pub(crate) fn spent_by(names: &[&str]) -> Result<BTreeMap<u32, f64>, Box<dyn Error>> {
+    let mut all = BTreeMap::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let Some(pid) = pid
             && names.contains(&name.trim_end())
+            && let Ok(time) = spent(pid)
         {
-            // Processes come and go.
-            sum += spent(pid).unwrap_or(0.0);
+            all.insert(pid, time);
         }
     }
-    Ok(sum)
+    Ok(all)
+}
+
+/// What those that were there before and still are have had since.
+pub(crate) fn since(before: &BTreeMap<u32, f64>, after: &BTreeMap<u32, f64>) -> f64 {
+    let both = after.iter().filter_map(|(pid, time)| Some(time - before.get(pid)?));
+    both.sum()
 }
 
 /// Fields 14 to 17; the second one, in brackets, may contain anything.
@@ -48,6 +55,13 @@ mod tests {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 5 6 7 8 100 20 3 4 20 0 1 0 9 9 9";
         assert_eq!(ticks_of(stat), Some(127));
         assert_eq!(ticks_of("7 (x) S 1"), None);
+    }
+
+    #[test]
+    fn who_ends_meanwhile_takes_nothing_away() {
+        let before = BTreeMap::from([(1, 5.0), (2, 100.0)]);
+        let after = BTreeMap::from([(1, 8.0), (3, 40.0)]);
+        assert!((since(&before, &after) - 3.0).abs() < f64::EPSILON);
     }
 
     #[test]

@@ -32,9 +32,7 @@ async fn probe(client: &mut Client, pod: &str, daemon: u32) -> Outcome<(Vec<f64>
     let listed = client.list_containers(ListContainersRequest::default()).await?.into_inner();
     let own = listed.containers.into_iter().find(|container| container.pod_sandbox_id == pod);
     let container_id = own.ok_or("the pod has no container")?.id;
-    let spent =
-        || Ok::<_, Box<dyn std::error::Error>>(cpu::spent(daemon)? + cpu::spent_by(KEEPERS)?);
-    let before = spent()?;
+    let before = (cpu::spent(daemon)?, cpu::spent_by(KEEPERS)?);
     let mut times = Vec::new();
     for _ in 0..PROBES {
         let request = ExecSyncRequest {
@@ -49,5 +47,6 @@ async fn probe(client: &mut Client, pod: &str, daemon: u32) -> Outcome<(Vec<f64>
             return Err(format!("a probe ended with {code}").into());
         }
     }
-    Ok((times, (spent()? - before) / PROBES as f64))
+    let keepers = cpu::since(&before.1, &cpu::spent_by(KEEPERS)?);
+    Ok((times, (cpu::spent(daemon)? - before.0 + keepers) / PROBES as f64))
 }
