@@ -75,7 +75,8 @@ impl Snapshot {
     pub(crate) fn take() -> io::Result<Self> {
         let mut socket = Socket::route()?;
         let links = socket.links()?;
-        let names = links.iter().map(|link| (link.index, link.name.clone())).collect();
+        let names: BTreeMap<_, _> =
+            links.iter().map(|link| (link.index, link.name.clone())).collect();
         let mut objects: Vec<_> = links
             .into_iter()
             .map(|link| Object::Link {
@@ -95,6 +96,14 @@ impl Snapshot {
         objects.extend(rules.iter().map(|answer| rule(&answer.body)));
         let tables = nftables::tables(&mut Socket::netfilter()?)?;
         objects.extend(tables.into_iter().map(|(family, name)| Object::Table { family, name }));
+        // A link made since the links were read is another pod's, or the next look shows it
+        // with its name; what it has by now cannot be told apart without.
+        objects.retain(|object| match object {
+            Object::Address { link, .. } | Object::Route { link, .. } => {
+                *link == 0 || names.contains_key(link)
+            }
+            _ => true,
+        });
         objects.sort_unstable();
         objects.dedup();
         Ok(Self { objects, names })
