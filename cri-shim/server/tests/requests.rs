@@ -123,7 +123,7 @@ async fn a_retry_after_a_restart_is_compared_with_what_was_asked() {
     server.load_image().await;
     let mut client = Client(server.runtime().await);
     let mut config = pod("retry");
-    config.annotations.insert("cpu.pinion.dev/count".into(), "1".into());
+    config.annotations.insert("cpu.pinion.dev/count".into(), threads_of_a_core().to_string());
     let id = client.run(&config).await.unwrap();
     let container = shell("c", "sleep 1000");
     let first = client.create(&id, &container, &config).await.unwrap();
@@ -136,6 +136,13 @@ async fn a_retry_after_a_restart_is_compared_with_what_was_asked() {
     assert_eq!(error.code(), Code::AlreadyExists, "{error}");
     client.remove_pod(&id).await.unwrap();
     assert_eq!(server.leftovers(), Vec::<String>::new());
+}
+
+/// What can be had exclusively is whole cores.
+fn threads_of_a_core() -> usize {
+    let siblings = "/sys/devices/system/cpu/cpu0/topology/thread_siblings_list";
+    let list = fs::read_to_string(siblings).unwrap_or_else(|_| "0".to_owned());
+    list.trim().parse::<pinion_topology::CpuSet>().unwrap().len()
 }
 
 /// Random numbers that are the same in every run; xorshift64*.
