@@ -47,6 +47,10 @@ cleanup() {
     [ -n "${ROOTLESS:-}" ] && { as_user rm -fa -t 0; pkill -KILL -u "$ROOTLESS"; sleep 0.5; userdel "$ROOTLESS"; }
     [ -n "${CONTAINERD:-}" ] && { ctr tasks kill -s KILL "$ID" >/dev/null 2>&1; kill "$CONTAINERD"; wait "$CONTAINERD"; }
     find /sys/fs/cgroup -depth -type d \( -path "*/$ID/*" -o -name "$ID" -o -name "libpod_parent" \) -exec rmdir {} \; 2>/dev/null
+    # Where a controller of v1 is not mounted podman makes plain directories.
+    for dir in /sys/fs/cgroup/*/; do
+        [ "$(stat -fc %T "$dir")" = tmpfs ] && rm -rf "$dir$ID"
+    done
     awk -v w="$WORK" '$5 ~ "^" w {print $5}' /proc/self/mountinfo | sort -r | xargs -r -n1 umount -l
     rm -rf "$WORK"
 } 2>/dev/null

@@ -32,8 +32,6 @@ pub enum Kind {
     Unavailable,
     /// A disk, a pool or another finite thing is full.
     Exhausted,
-    /// Not built.
-    Unimplemented,
     /// Anything else: a fault here or in the system.
     Internal,
 }
@@ -50,7 +48,6 @@ impl Kind {
             Self::Timeout => Code::DeadlineExceeded,
             Self::Unavailable => Code::Unavailable,
             Self::Exhausted => Code::ResourceExhausted,
-            Self::Unimplemented => Code::Unimplemented,
             Self::Internal => Code::Internal,
         }
     }
@@ -65,8 +62,7 @@ impl Kind {
             | Self::Precondition
             | Self::Refused
             | Self::Denied
-            | Self::Timeout
-            | Self::Unimplemented => false,
+            | Self::Timeout => false,
         }
     }
 }
